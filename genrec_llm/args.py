@@ -1,0 +1,271 @@
+"""The configuration: typed arguments with documented defaults, YAML files, and overrides on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from genrec_llm.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
+    if value in choices:
+        return []
+    return [f"{name}: {value!r} is not one of {', '.join(choices)}"]
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass
+class DataArguments:
+    """Which interactions, how they are read, and how ids become tokens."""
+
+    dataset: str = field(
+        metadata={"help": "movielens-100k, amazon-beauty, amazon-sports, yelp, or a csv, parquet, jsonl or txt file."}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of a named data set that cannot be downloaded (Beauty, Sports, Yelp)."}
+    )
+    items_file: str | None = field(
+        default=None, metadata={"help": "File of items (column `item`, optional `title`, `categories`); may list cold ones."}
+    )
+    user_column: str = field(default="user", metadata={"help": "Column of the user id."})
+    item_column: str = field(default="item", metadata={"help": "Column of the item id."})
+    time_column: str = field(default="timestamp", metadata={"help": "Column of the time; file order counts without one."})
+    k_core: int = field(
+        default=0, metadata={"help": "Drop users and items with fewer interactions, until none is left; 0 keeps all."}
+    )
+    drop_duplicates: bool = field(default=False, metadata={"help": "Drop rows that repeat user, item and time exactly."})
+    max_history: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
+    id_seed: int = field(
+        default=0, metadata={"help": "Seed of the permutation that numbers items and users; order must say nothing."}
+    )
+    users: str = field(
+        default="each", metadata={"help": "User tokens: each (one a user), hashed (to --user-buckets), or none."}
+    )
+    user_buckets: int = field(default=0, metadata={"help": "Buckets of --users hashed."})
+
+    def __post_init__(self) -> None:
+        problems = _one_of("users", self.users, ("each", "hashed", "none"))
+        if self.users == "hashed" and self.user_buckets < 1:
+            problems.append("user_buckets: hashed users need a number of buckets above 0, such as 10000")
+        if self.max_history < 1:
+            problems.append(f"max_history: {self.max_history} is not at least 1")
+        _raise(problems)
+
+
+@dataclass
+class ModelArguments:
+    """The backbone, what is trained on it, and where the new rows start."""
+
+    backbone: str = field(
+        default="google/flan-t5-small",
+        metadata={"help": "Checkpoint folder or Hub name of the T5 family or BART; with random weights also t5-micro, …"},
+    )
+    backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    backbone_init: str = field(default="pretrained", metadata={"help": "pretrained, or random: fresh weights."})
+    dropout: float | None = field(default=None, metadata={"help": "Replaces the backbone's dropout probability."})
+    tuning: str = field(default="lora", metadata={"help": "lora, or full (a backbone trained from nothing needs full)."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get adapters; by default the queries and values of all attention."}
+    )
+    row_init: str = field(
+        default="auto",
+        metadata={"help": "First item rows: cooccurrence, text, random; auto takes cooccurrence unless most items are cold."},
+    )
+    tie_item_rows: bool = field(
+        default=True, metadata={"help": "Score with the input rows (and a learned scale): half the rows, faster learning."}
+    )
+    decoder_prompt: str = field(
+        default="last-item", metadata={"help": "last-item: mask token and last item; mask: the mask token alone."}
+    )
+
+    def __post_init__(self) -> None:
+        problems = [
+            *_one_of("backbone_init", self.backbone_init, ("pretrained", "random")),
+            *_one_of("tuning", self.tuning, ("lora", "full")),
+            *_one_of("row_init", self.row_init, ("auto", "cooccurrence", "text", "random")),
+            *_one_of("decoder_prompt", self.decoder_prompt, ("last-item", "mask")),
+        ]
+        if self.backbone_init == "random" and self.tuning == "lora":
+            problems.append(
+                "tuning: adapters on a frozen backbone with random weights cannot be shared, since nobody else has that "
+                "backbone; use --tuning full, or a checkpoint"
+            )
+        _raise(problems)
+
+
+@dataclass
+class GenRecTrainingArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with this project's defaults and what its tasks need."""
+
+    output_dir: str = field(default="runs/run", metadata={"help": "The run directory: checkpoints, logs, artifacts."})
+    global_batch_size: int = field(
+        default=256, metadata={"help": "Examples a step over all processes and accumulation steps; shared out by length."}
+    )
+    rows_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the id rows; by default that of the rest (--learning-rate)."}
+    )
+    rows_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the id rows."})
+    masks_per_sequence: int = field(default=1, metadata={"help": "Pretraining: items hidden in one history."})
+    last_item_probability: float = field(
+        default=0.0, metadata={"help": "Pretraining: how often the last item of the history is hidden by choice."}
+    )
+    targets: str = field(default="all", metadata={"help": "Finetuning: all prefixes of the training part, or last: one a user."})
+    user_dropout: float = field(
+        default=0.1, metadata={"help": "How often <user_unknown> stands in for a user, so that new users are served."}
+    )
+    validation_users: int = field(default=0, metadata={"help": "Users ranked while training, a fixed sample; 0 ranks all."})
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after so many validations without a better NDCG@10; 0 never stops early."}
+    )
+    from_run: str | None = field(
+        default=None, metadata={"help": "Finetuning: run directory of the pretraining whose adapters and rows go on."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the adapters (or the backbone)."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rates fall after warm-up."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps, of warm-up."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to rank the validation users."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the best and the last are among them."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best checkpoint, not the last."})
+    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What the best checkpoint is best in."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between lines of the log."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users ranked at once on a device."})
+    seed: int = field(default=0, metadata={"help": "Of weights, draws and dropout."})
+
+    def __post_init__(self) -> None:
+        problems = [*_one_of("targets", self.targets, ("all", "last"))]
+        if self.fp16:
+            problems.append(
+                "fp16: T5 overflows to NaN in fp16 (transformers issue 23918), and BART gains nothing from it here: use --bf16 "
+                "on a GPU that has it (Ampere or newer), or neither for fp32"
+            )
+        _raise(problems)
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
+        super().__post_init__()
+        if self.global_batch_size < self.world_size * self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"global_batch_size: {self.global_batch_size} examples cannot be shared by {self.world_size} processes x "
+                f"{self.gradient_accumulation_steps} accumulation steps"
+            )
+        # What DeepSpeed and the Trainer's log are told; the sharing itself goes by global_batch_size alone.
+        self.per_device_train_batch_size = -(
+            -self.global_batch_size // (self.world_size * self.gradient_accumulation_steps)
+        )
+
+    @property
+    def rows_rate(self) -> float:
+        """Learning rate of the id rows."""
+        return self.learning_rate if self.rows_learning_rate is None else self.rows_learning_rate
+
+
+@dataclass
+class MergeArguments:
+    """What `recipes/merge.py` reads and writes."""
+
+    run: str = field(metadata={"help": "Run directory of a finetuning (or pretraining)."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where the merged model goes; by default <run>/merged."})
+    backbone: str | None = field(
+        default=None, metadata={"help": "The base checkpoint, when it is no longer where the adapter says."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16: of the merged weights."})
+    without_users: bool = field(default=False, metadata={"help": "Leave the user rows out; all users are <user_unknown>."})
+
+    def __post_init__(self) -> None:
+        _raise(_one_of("dtype", self.dtype, DTYPES))
+
+
+@dataclass
+class EvaluateArguments:
+    """What `recipes/evaluate.py` ranks and compares."""
+
+    model: str = field(metadata={"help": "Merged directory."})
+    split: str = field(default="validation", metadata={"help": "validation or test; each opening of test is recorded."})
+    keep_seen: bool = field(default=False, metadata={"help": "Let items of the history be recommended again."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where report and plot go; by default beside the model."})
+    batch_size: int = field(default=256, metadata={"help": "Users ranked at once."})
+    generate_users: int = field(
+        default=0, metadata={"help": "Users whose top 20 is also asked of `generate`, a fixed sample; 0 asks for all."}
+    )
+
+    def __post_init__(self) -> None:
+        _raise(_one_of("split", self.split, ("validation", "test")))
+
+
+def _unknown_keys(path: Path, values: dict[str, Any], known: Sequence[str]) -> list[str]:
+    problems = []
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help for the names there are"
+            problems.append(f"{path}: unknown key {key!r}: {hint}")
+    return problems
+
+
+def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse a command line into dataclasses; `--config file.yaml` sets defaults that the other flags override.
+
+    A YAML file may begin with comments on how to launch it and holds one flat mapping of field names to values.
+
+    Raises:
+        ConfigError: the file is absent, is no mapping, or has unknown keys (each with the nearest name); a flag is unknown;
+            values do not fit together. All problems of the file at once.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(list(classes), description="See the recipe's docstring for the launch command.")
+    parser.add_argument("--config", help="YAML file of defaults for the flags below.")
+    known = [entry.name for cls in classes for entry in dataclasses.fields(cls) if entry.init]
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 == len(arguments):
+            raise ConfigError("--config: the name of a YAML file is missing behind it")
+        path = Path(arguments[place + 1])
+        del arguments[place : place + 2]
+        arguments = [*_yaml_flags(path, known), *arguments]
+    *parsed, extra = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
+    if extra:
+        flags = [flag for flag in extra if flag.startswith("--")] or extra
+        problems = []
+        for flag in flags:
+            name = flag.lstrip("-").split("=")[0].replace("-", "_")
+            close = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"{flag}: unknown flag" + (f": did you mean --{close[0].replace('_', '-')}?" if close else ""))
+        raise ConfigError(problems)
+    return tuple(parsed[: len(classes)])
+
+
+def _yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: no such configuration file ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: has to be one mapping of field names to values")
+    _raise(_unknown_keys(path, values, known))
+    flags: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags

@@ -1,0 +1,116 @@
+"""Scores into lists and ranks; the top N by transformers' `generate`, and the one-step path that equals it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from genrec_llm.tasks import PromptLayout
+
+NOTHING = -1
+"""Stands in a top list where fewer items were eligible than asked for."""
+
+
+def mask_seen(scores: Tensor, histories: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    """Scores `[batch, items]` with -inf at each row's history items (a copy)."""
+    rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    columns = np.concatenate([np.empty(0, dtype=np.int64), *histories])
+    place = (torch.from_numpy(rows).to(scores.device), torch.from_numpy(columns).to(scores.device))
+    return scores.index_put(place, torch.tensor(-torch.inf, dtype=scores.dtype, device=scores.device))
+
+
+def rank_targets(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How many items score above each target, and how many others score the same, int64 `[batch]` each.
+
+    A target at -inf was masked as seen and can never be hit: every item counts as better.
+    """
+    of_target = scores.gather(1, targets[:, None])
+    better = (scores > of_target).sum(dim=1)
+    tied = (scores == of_target).sum(dim=1) - 1
+    unhittable = torch.isneginf(of_target[:, 0])
+    return better.masked_fill(unhittable, scores.shape[1]), tied.masked_fill(unhittable, 0)
+
+
+def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best items of each row and their scores, `[batch, k]` each; equal scores by lower index.
+
+    Where fewer than `k` items are eligible (above -inf), the rest of the row is `NOTHING` at -inf.
+    """
+    kept = min(k, scores.shape[1])
+    values, items = torch.sort(scores, dim=1, descending=True, stable=True)
+    values, items = values[:, :kept], items[:, :kept].masked_fill(torch.isneginf(values[:, :kept]), NOTHING)
+    return F.pad(items, (0, k - kept), value=NOTHING), F.pad(values, (0, k - kept), value=-torch.inf)
+
+
+@torch.no_grad()
+def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout) -> Tensor:
+    """Scores of all items by a merged `transformers` model, fp32 `[batch, items]`: one pass, head over items alone."""
+    encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    decoded = model.get_decoder()(
+        input_ids=batch["decoder_input_ids"],
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=batch["attention_mask"],
+        use_cache=False,
+    )
+    rows = model.get_output_embeddings().weight[layout.base : layout.base + layout.num_items]
+    return F.linear(decoded.last_hidden_state[:, -1].float(), rows.float())
+
+
+class _ExcludeItems(LogitsProcessor):
+    """Sets -inf at given token ids of each input row; `generate` repeats rows once a beam."""
+
+    def __init__(self, allowed: Tensor) -> None:
+        self.allowed = allowed
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        beams = scores.shape[0] // self.allowed.shape[0]
+        return scores.masked_fill(~self.allowed.repeat_interleave(beams, dim=0), -torch.inf)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def generate_top_n(
+    model: Any,
+    batch: dict[str, Tensor],
+    layout: PromptLayout,
+    n: int,
+    exclude: Sequence[npt.NDArray[np.int64]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Top items by beam search over one new token, `[batch, n]` items and their log-probabilities.
+
+    Args:
+        model: a merged model; its `generation_config` restricts tokens to items.
+        exclude: item indices each row must not get, such as its history.
+
+    Rows with fewer than `n` eligible items end in `NOTHING`.
+    """
+    rows = len(batch["input_ids"])
+    beams = min(n, layout.num_items)
+    processors = LogitsProcessorList()
+    if exclude is not None:
+        allowed = torch.zeros(rows, model.config.vocab_size, device=batch["input_ids"].device)
+        allowed[:, layout.base : layout.base + layout.num_items] = 1.0
+        allowed = mask_seen(allowed, [layout.base + np.asarray(items) for items in exclude])
+        processors.append(_ExcludeItems(allowed > 0))
+    found = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        decoder_input_ids=batch["decoder_input_ids"],
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=1,
+        logits_processor=processors,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    items = found.sequences[:, -1].view(rows, beams) - layout.base
+    values = found.sequences_scores.view(rows, beams)
+    outside = (items < 0) | (items >= layout.num_items) | ~torch.isfinite(values) | (values < -1e8)
+    items, values = items.masked_fill(outside, NOTHING), values.masked_fill(outside, -torch.inf)
+    return F.pad(items, (0, n - beams), value=NOTHING), F.pad(values, (0, n - beams), value=-torch.inf)

@@ -1,0 +1,54 @@
+"""Errors for the person who made the mistake: what is wrong, where, and how to mend it, all problems at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_CODE = 2
+
+
+class GenRecError(Exception):
+    """Base of the errors that a user can mend.
+
+    Args:
+        problems: one problem or several; each names the place (file, row, column, key) and the mend.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(GenRecError):
+    """An interaction log, an item file or an id is not what it has to be."""
+
+
+class ConfigError(GenRecError):
+    """Arguments, a YAML file, a backbone or a run directory do not fit together."""
+
+
+class ExportError(GenRecError):
+    """An artifact could not be written, or does not reproduce the model it came from."""
+
+
+def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
+    """Turn a `GenRecError` that leaves a program's `main` into its text on stderr and exit code 2.
+
+    Under a launcher every rank meets the same error: only the first of a host prints it.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except GenRecError as error:
+            if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
+                sys.stdout.flush()
+                for problem in error.problems:
+                    print(f"error: {problem}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_CODE)
+
+    return wrapped

@@ -1,0 +1,336 @@
+"""Full ranking of every target, and the report that comes of it: metrics with intervals, comparisons, files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from genrec_llm.baselines import SequenceRecommender
+from genrec_llm.decoding import mask_seen, rank_targets, top_items
+from genrec_llm.errors import ConfigError
+from genrec_llm.files import atomic_file, read_json, write_json
+from genrec_llm.metrics import (
+    Interval,
+    PairedDifference,
+    Ranks,
+    bootstrap_intervals,
+    coverage,
+    hit_rate,
+    ndcg,
+    novelty,
+    paired_difference,
+    reciprocal_rank,
+)
+
+CUTOFFS = (1, 5, 10, 20)
+LIST_CUTOFF = 10  # coverage and novelty look at this many items of a list
+HEADLINE = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "MRR")
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """The users of a split, what they had and what they went on to; entry u of each belongs to user u.
+
+    Attributes:
+        users: user rows, int64 [users].
+        histories: item indices of each user before the target, oldest first, not truncated.
+        seen: items of each user that are removed from the ranking when seen items are excluded.
+        targets: item index of each user's next item, int64 [users].
+        num_items: size of the catalogue, all of which is ranked.
+        item_counts: training interactions of each item, int64 [items].
+        split: "validation" or "test".
+        dataset: name of the data set.
+        fingerprint: of the data, so that reports on different data are not compared.
+        max_history: how many of the last items a recommender is shown; None for all. Recorded only.
+
+    Raises:
+        ValueError: the fields do not belong together; all reasons at once.
+    """
+
+    users: NDArray[np.int64]
+    histories: Sequence[NDArray[np.int64]]
+    seen: Sequence[NDArray[np.int64]]
+    targets: NDArray[np.int64]
+    num_items: int
+    item_counts: NDArray[np.int64]
+    split: str
+    dataset: str
+    fingerprint: str = ""
+    max_history: int | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in ("users", "histories", "seen", "targets")}
+        problems = []
+        if len(set(lengths.values())) > 1:
+            problems.append(f"one entry a user is needed in each of {lengths}")
+        if len(self.targets) == 0:
+            problems.append("no users")
+        elif self.targets.min() < 0 or self.targets.max() >= self.num_items:
+            problems.append(f"targets must be item indices below num_items={self.num_items}")
+        if len(self.item_counts) != self.num_items:
+            problems.append(f"item_counts has {len(self.item_counts)} entries for {self.num_items} items")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class RankedUsers:
+    """What ranking a split gives: the targets' ranks and the lists, int64 [users, k], -1 for nothing."""
+
+    ranks: Ranks
+    top: NDArray[np.int64]
+
+
+def rank_recommender(
+    recommender: SequenceRecommender,
+    data: EvalData,
+    *,
+    exclude_seen: bool,
+    k: int = 20,
+    batch_size: int = 512,
+) -> RankedUsers:
+    """Rank every user's target once against the whole catalogue.
+
+    Args:
+        exclude_seen: remove the items of `data.seen` first; a target among them then counts as never hit.
+        k: length of the lists kept.
+        batch_size: users scored at a time; the ranks do not depend on it.
+
+    Raises:
+        ValueError: the recommender's scores are not [users, items], or hold NaN.
+    """
+    better, tied, top = [], [], []
+    for start in tqdm(
+        range(0, len(data.targets), batch_size), desc=recommender.name, unit="batch", disable=None
+    ):
+        batch = slice(start, start + batch_size)
+        scores = torch.from_numpy(recommender.scores(data.histories[batch], data.users[batch]))
+        targets = torch.from_numpy(data.targets[batch])
+        if scores.shape != (len(targets), data.num_items) or scores.isnan().any():
+            raise ValueError(
+                f"{recommender.name}: scores {tuple(scores.shape)} with {int(scores.isnan().sum())} NaN, "
+                f"needed ({len(targets)}, {data.num_items}) without"
+            )
+        if exclude_seen:
+            scores = mask_seen(scores, data.seen[batch])
+        batch_better, batch_tied = rank_targets(scores, targets)
+        better.append(batch_better.numpy())
+        tied.append(batch_tied.numpy())
+        top.append(top_items(scores, k)[0].numpy())
+    return RankedUsers(
+        Ranks(np.concatenate(better), np.concatenate(tied), data.num_items), np.concatenate(top)
+    )
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """What two reports must share to be comparable; `max_history` alone may differ, it is the recommender's.
+
+    Attributes:
+        users: how many are ranked.
+        candidates: how many items each target is ranked against, before seen ones are removed.
+    """
+
+    dataset: str
+    fingerprint: str
+    split: str
+    exclude_seen: bool
+    users: int
+    candidates: int
+    max_history: int | None
+
+    def __str__(self) -> str:
+        seen = "removed" if self.exclude_seen else "kept"
+        return (
+            f"{self.dataset}, {self.split}: {self.users:,} users, full ranking of {self.candidates:,} items, "
+            f"seen items {seen}"
+        )
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """How good one recommender is on one split.
+
+    Attributes:
+        name: of the recommender.
+        metrics: HR@K and NDCG@K for K = 1, 5, 10, 20, MRR, novelty@10 (bits) with 95 % intervals over
+            users, and coverage@10, which is no mean over users and has no interval (NaN).
+        user_rows: int64 [users]; row numbers, never raw ids.
+        ranks: of each user, in the same order.
+    """
+
+    name: str
+    protocol: EvalProtocol
+    metrics: dict[str, Interval]
+    user_rows: NDArray[np.int64]
+    ranks: Ranks
+
+    def compare(self, baseline: EvalReport) -> dict[str, PairedDifference]:
+        """This report minus `baseline` for the same users: HR@10 and NDCG@10.
+
+        Raises:
+            ConfigError: the two were not made under the same protocol or for the same users.
+        """
+        _check_comparable([self, baseline])
+        return {
+            "HR@10": paired_difference(hit_rate(self.ranks, 10), hit_rate(baseline.ranks, 10)),
+            "NDCG@10": paired_difference(ndcg(self.ranks, 10), ndcg(baseline.ranks, 10)),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the per-user ranks, ready for `json.dumps`; NaN becomes null."""
+        return {
+            "name": self.name,
+            "protocol": asdict(self.protocol),
+            "metrics": {
+                name: {key: None if math.isnan(value) else value for key, value in asdict(interval).items()}
+                for name, interval in self.metrics.items()
+            },
+        }
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `ranks.parquet` (user_row, better, tied), then `report.json`; each is whole or not there.
+
+        Raises:
+            ExportError: the directory cannot be written.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = {"user_row": self.user_rows, "better": self.ranks.better, "tied": self.ranks.tied}
+        with atomic_file(Path(directory) / "ranks.parquet") as temporary:
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+        write_json(Path(directory) / "report.json", self.to_json())
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> EvalReport:
+        """Read what `save` wrote, for comparisons between runs.
+
+        Raises:
+            DataError: `report.json` is absent or broken.
+        """
+        import pyarrow.parquet
+
+        report = read_json(Path(directory) / "report.json")
+        protocol = EvalProtocol(**report["protocol"])
+        metrics = {
+            name: Interval(**{key: math.nan if value is None else value for key, value in interval.items()})
+            for name, interval in report["metrics"].items()
+        }
+        table = pyarrow.parquet.read_table(Path(directory) / "ranks.parquet")
+        user_rows, better, tied = (table[name].to_numpy() for name in ("user_row", "better", "tied"))
+        return cls(report["name"], protocol, metrics, user_rows, Ranks(better, tied, protocol.candidates))
+
+
+def build_report(
+    name: str, ranked: RankedUsers, data: EvalData, *, exclude_seen: bool, seed: int = 0
+) -> EvalReport:
+    """Metrics and intervals of a ranked split.
+
+    Args:
+        exclude_seen: as it was when the split was ranked.
+        seed: of the bootstrap.
+    """
+    ranks, top = ranked.ranks, ranked.top[:, :LIST_CUTOFF]
+    columns = {f"HR@{k}": hit_rate(ranks, k) for k in CUTOFFS}
+    columns |= {f"NDCG@{k}": ndcg(ranks, k) for k in CUTOFFS}
+    columns |= {"MRR": reciprocal_rank(ranks), f"novelty@{LIST_CUTOFF}": novelty(top, data.item_counts)}
+    metrics = bootstrap_intervals(columns, seed=seed)
+    metrics[f"coverage@{LIST_CUTOFF}"] = Interval(coverage(top, data.num_items), math.nan, math.nan)
+    protocol = EvalProtocol(
+        dataset=data.dataset,
+        fingerprint=data.fingerprint,
+        split=data.split,
+        exclude_seen=exclude_seen,
+        users=len(data.users),
+        candidates=data.num_items,
+        max_history=data.max_history,
+    )
+    return EvalReport(name, protocol, metrics, data.users, ranks)
+
+
+def _check_comparable(reports: Sequence[EvalReport]) -> None:
+    first = reports[0]
+    problems = []
+    for other in reports[1:]:
+        names = f"{first.name!r} and {other.name!r} cannot be compared"
+        mine, theirs = asdict(first.protocol), asdict(other.protocol)
+        differing = [key for key in mine if key != "max_history" and mine[key] != theirs[key]]
+        problems += [f"{names}: {key} is {mine[key]!r} and {theirs[key]!r}" for key in differing]
+        if not differing and not np.array_equal(first.user_rows, other.user_rows):
+            problems.append(f"{names}: their users differ or come in another order")
+    if problems:
+        raise ConfigError(
+            [f"{problem}. Evaluate both on the same split and protocol." for problem in problems]
+        )
+
+
+def markdown(reports: Sequence[EvalReport]) -> str:
+    """A table of several reports, one a column, one metric a row, each with its 95 % interval.
+
+    Raises:
+        ConfigError: the reports were not made under the same protocol.
+    """
+    _check_comparable(reports)
+
+    def cell(interval: Interval) -> str:
+        bounds = "" if math.isnan(interval.low) else f" [{interval.low:.4f}, {interval.high:.4f}]"
+        return f"{interval.mean:.4f}{bounds}"
+
+    rows = [["", *(report.name for report in reports)], ["---", *("---:" for _ in reports)]]
+    rows += [[name, *(cell(report.metrics[name]) for report in reports)] for name in reports[0].metrics]
+    rows.append(["history shown", *(str(report.protocol.max_history or "all") for report in reports)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{reports[0].protocol}; 95 % bootstrap intervals over users.\n\n{table}\n"
+
+
+def plot(reports: Sequence[EvalReport], path: str | os.PathLike[str]) -> None:
+    """Bars of the main metrics with their 95 % intervals, one colour a report, written as a PNG.
+
+    Raises:
+        ConfigError: the reports were not made under the same protocol.
+        ExportError: the file cannot be written.
+    """
+    _check_comparable(reports)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(max(7.0, 1.5 + 0.36 * len(HEADLINE) * (len(reports) + 1)), 4.2), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(reports)
+    for position, report in enumerate(reports):
+        intervals = [report.metrics[name] for name in HEADLINE]
+        means = np.array([interval.mean for interval in intervals])
+        below = means - [interval.low for interval in intervals]
+        above = [interval.high for interval in intervals] - means
+        centres = np.arange(len(HEADLINE)) + (position - (len(reports) - 1) / 2) * width
+        axes.bar(centres, means, width * 0.9, label=report.name, color=f"C{position}")
+        axes.errorbar(
+            centres, means, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=1, capsize=2
+        )
+        for centre, interval in zip(centres, intervals, strict=True):
+            text = f"{interval.mean:.3f}".removeprefix("0")
+            axes.annotate(
+                text, (centre, interval.high), (0, 2), textcoords="offset points", ha="center", fontsize=7
+            )
+    axes.set_xticks(range(len(HEADLINE)), HEADLINE)
+    axes.set_ylabel("mean over users, 95 % interval")
+    axes.set_title(str(reports[0].protocol), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(True, color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, ncols=min(len(reports), 4), loc="upper left", bbox_to_anchor=(0, -0.08))
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -1,0 +1,378 @@
+"""The backbone with its own rows for items and users, and LoRA around it.
+
+The new rows live outside the backbone's matrices: `resize_token_embeddings` is never called, the backbone's rows and
+head stay as they were pretrained. The one place that knows how each backbone family is loaded and embedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    MT5ForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+from genrec_llm.errors import ConfigError
+from genrec_llm.tasks import DecoderPrompt, PromptLayout
+from genrec_llm.vocab import IdVocab
+
+UNTIED_KEYS = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+
+
+class ItemHead(nn.Module):
+    """Scores of all items for the decoder's last hidden state; the item rows of the output side.
+
+    Args:
+        weight: output rows `[items, d_model]`; the input rows' own parameter when the two sides are tied.
+        scale: initial factor between tied rows and scores, learned; None when the rows are not tied.
+    """
+
+    def __init__(self, weight: nn.Parameter, scale: float | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.scale = None if scale is None else nn.Parameter(torch.tensor([scale]))
+
+    def rows(self) -> Tensor:
+        """Output rows with the scale folded in, fp32 `[items, d_model]`."""
+        weight = self.weight.float()
+        return weight if self.scale is None else weight * self.scale.float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores `[targets, items]` in fp32 of `hidden` `[targets, d_model]`: in bf16 nearly every user has ties."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            if self.scale is not None:
+                hidden = hidden * self.scale.float()
+            return F.linear(hidden, self.weight.float())
+
+
+class IdTokens(nn.Module):
+    """The trainable rows of the new tokens: items and users going in, items coming out. Users are never predicted.
+
+    Each table is a module of its own, called through its forward, so that ZeRO-3 gathers it when it is needed.
+
+    Args:
+        item_in: `[items, d_model]`.
+        user_in: `[user rows, d_model]`; row 0 is `<user_unknown>`.
+        item_out: `[items, d_model]`, or None to score with the input rows.
+        scale: see `ItemHead`; used with `item_out=None`.
+    """
+
+    def __init__(self, item_in: Tensor, user_in: Tensor, item_out: Tensor | None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.item_in = nn.Embedding.from_pretrained(item_in, freeze=False)
+        self.user_in = nn.Embedding.from_pretrained(user_in, freeze=False)
+        if item_out is None:
+            self.item_out = ItemHead(self.item_in.weight, scale)
+        else:
+            self.item_out = ItemHead(nn.Parameter(item_out), None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether items are scored with their input rows."""
+        return self.item_out.scale is not None
+
+
+class GenRecBackbone(PreTrainedModel):
+    """Mixin for a seq2seq class of transformers: reads ids beyond the base vocabulary from `IdTokens`, predicts items."""
+
+    accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here, as the Trainer expects
+    id_tokens: IdTokens
+    id_base: int
+
+    def add_id_tokens(self, id_tokens: IdTokens, base: int) -> None:
+        """Attach the rows; token ids from `base` (the size of the base tokenizer) on are items, then users."""
+        self.id_tokens, self.id_base = id_tokens, base
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of token ids, `[…] → […, d_model]`, in the backbone's dtype."""
+        index = ids - self.id_base
+        embedded = self.get_input_embeddings()(ids.masked_fill(index >= 0, 0))
+        item_in, user_in = self.id_tokens.item_in, self.id_tokens.user_in
+        num_items, num_users = item_in.num_embeddings, user_in.num_embeddings
+        items = item_in(index.clamp(0, num_items - 1))
+        users = user_in((index - num_items).clamp(0, num_users - 1))
+        new = torch.where((index < num_items).unsqueeze(-1), items, users)
+        return torch.where((index >= 0).unsqueeze(-1), new.to(embedded.dtype), embedded)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        labels: Tensor | None = None,
+        target_rows: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unused_by_peft: None,
+    ) -> Seq2SeqLMOutput:
+        """Score every item at the last position of every decoder prompt.
+
+        Args:
+            input_ids, attention_mask: `[batch, tokens]`.
+            decoder_input_ids: one prompt a target, `[targets, prompt]`.
+            labels: item indices (not token ids), `[targets]`.
+            target_rows: the input row each target belongs to, `[targets]`; None means one target a row, in order.
+            num_items_in_batch: targets of the whole global batch; by default those given here.
+
+        Returns:
+            With labels the summed cross-entropy over `num_items_in_batch`; without, `logits` `[targets, items]` in fp32.
+        """
+        encoded = self.get_encoder()(inputs_embeds=self.embed(input_ids), attention_mask=attention_mask)
+        hidden = encoded.last_hidden_state
+        if target_rows is not None:
+            hidden, attention_mask = hidden[target_rows], attention_mask[target_rows]
+        decoded = self.get_decoder()(
+            inputs_embeds=self.embed(decoder_input_ids),
+            encoder_hidden_states=hidden,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        )
+        scores = self.id_tokens.item_out(decoded.last_hidden_state[:, -1])
+        if labels is None:
+            return Seq2SeqLMOutput(logits=scores)
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return Seq2SeqLMOutput(loss=F.cross_entropy(scores, labels, reduction="sum") / count)
+
+
+class GenRecT5(GenRecBackbone, T5ForConditionalGeneration):
+    """T5 v1.0: head tied to the input embedding."""
+
+
+class GenRecUntiedT5(GenRecBackbone, T5ForConditionalGeneration):
+    """T5 v1.1 and Flan-T5: a head of their own, which transformers 5 would tie to the input embedding at load."""
+
+    _tied_weights_keys = UNTIED_KEYS
+
+
+class GenRecMT5(GenRecBackbone, MT5ForConditionalGeneration):
+    """mT5 with a tied head."""
+
+
+class GenRecUntiedMT5(GenRecBackbone, MT5ForConditionalGeneration):
+    """mT5 as published: a head of its own."""
+
+    _tied_weights_keys = UNTIED_KEYS
+
+
+class GenRecBart(GenRecBackbone, BartForConditionalGeneration):
+    """BART: absolute positions, one mask token."""
+
+
+FAMILIES: dict[str, tuple[type[GenRecBackbone], type[GenRecBackbone], list[str]]] = {
+    "t5": (GenRecUntiedT5, GenRecT5, ["q", "v"]),
+    "mt5": (GenRecUntiedMT5, GenRecMT5, ["q", "v"]),
+    "bart": (GenRecBart, GenRecBart, ["q_proj", "v_proj"]),
+}
+"""Model type → (class for a checkpoint with a head of its own, class for one without, default LoRA targets)."""
+
+NAMED_SIZES: dict[str, PreTrainedConfig] = {
+    "t5-micro": T5Config(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=1),
+    "t5-mini": T5Config(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=1),
+    "bart-micro": BartConfig(
+        d_model=64, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=1024,
+    ),
+}  # fmt: skip
+"""Geometries for training from nothing (`--backbone-init random --tuning full`); their tokenizer holds only masks."""
+
+
+def bare_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
+    """A tokenizer without words, for a backbone that has read none: special tokens and masks only."""
+    masks = ["<mask>"] if model_type == "bart" else [f"<extra_id_{index}>" for index in range(100)]
+    names = ["<pad>", "</s>", "<unk>", *masks]
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>" if model_type == "bart" else None,
+        additional_special_tokens=masks,
+    )
+
+
+def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"backbone: {name!r} is neither a folder with a config.json nor a model that the Hub answers for "
+            f"({str(error).splitlines()[0]}). Give a checkpoint folder, a Hub name such as google/flan-t5-small, or, "
+            f"with --backbone-init random, one of {', '.join(NAMED_SIZES)}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"backbone: {name!r} is of type {config.model_type!r}, which is not a supported seq2seq family: "
+            f"choose a checkpoint of {', '.join(FAMILIES)} (T5, T5 v1.1, Flan-T5 and BART among them)"
+        )
+    return config
+
+
+def load_backbone(
+    name: str,
+    *,
+    init: str = "pretrained",
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    dropout: float | None = None,
+) -> tuple[GenRecBackbone, PreTrainedTokenizerBase]:
+    """Load a backbone and its tokenizer, both still without id tokens.
+
+    Args:
+        name: checkpoint folder, Hub name, or with `init="random"` also one of `NAMED_SIZES`.
+        init: "pretrained" or "random" (the checkpoint's geometry, or a named one, with fresh weights).
+        revision: branch, tag or commit on the Hub.
+        dtype: of the backbone's weights.
+        dropout: replaces the checkpoint's dropout probability.
+
+    Raises:
+        ConfigError: not found, not of a supported family, or without weights or tokenizer.
+    """
+    if init == "random" and name in NAMED_SIZES:
+        config = AutoConfig.for_model(**NAMED_SIZES[name].to_dict())
+        tokenizer: PreTrainedTokenizerBase = bare_tokenizer(config.model_type)
+        config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), 0, 1
+    else:
+        config = _load_config(name, revision)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"backbone: {name!r} has no tokenizer that loads ({error}): add its files") from error
+    if dropout is not None:
+        setattr(config, "dropout_rate" if "t5" in config.model_type else "dropout", dropout)
+    own_head, tied_head, _ = FAMILIES[config.model_type]
+    if init == "random":
+        return own_head(config).to(dtype), tokenizer
+    try:
+        model, info = own_head.from_pretrained(
+            name, config=config, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except OSError as error:
+        raise ConfigError(f"backbone: {name!r} has no weights that load: {str(error).splitlines()[0]}") from error
+    if own_head is not tied_head and "lm_head.weight" in info["missing_keys"]:
+        model = tied_head.from_pretrained(name, config=config, revision=revision, dtype=dtype)
+    return model, tokenizer
+
+
+def add_id_words(tokenizer: PreTrainedTokenizerBase, vocab: IdVocab) -> None:
+    """Add one word an item and one a user row, in that order, so that text gives the ids used in training.
+
+    Raises:
+        ConfigError: the tokenizer already knows such words (it belongs to a model that has id tokens).
+    """
+    base = len(tokenizer)
+    words = [*vocab.item_tokens, *vocab.user_tokens]
+    tokenizer.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in words])
+    ends = tokenizer.convert_tokens_to_ids([words[0], words[-1]])
+    if ends != [base, base + len(words) - 1]:
+        raise ConfigError(
+            "backbone: its tokenizer already has item or user tokens: give the base checkpoint that the earlier model "
+            "was trained from, not that model"
+        )
+
+
+def prompt_layout(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: IdVocab,
+    *,
+    max_history: int,
+    decoder_prompt: DecoderPrompt = "last-item",
+) -> PromptLayout:
+    """The layout of token ids for a base tokenizer (before `add_id_words`) and a catalogue."""
+    base_vocab = tokenizer.get_vocab()
+    sentinels = [f"<extra_id_{index}>" for index in range(len(base_vocab)) if f"<extra_id_{index}>" in base_vocab]
+    masks = [base_vocab[word] for word in sentinels] or [tokenizer.mask_token_id]
+    if masks == [None] or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise ConfigError("backbone: its tokenizer lacks a mask (<extra_id_0> or <mask>), end or padding token")
+    return PromptLayout(
+        base=len(tokenizer),
+        num_items=vocab.num_items,
+        num_user_rows=vocab.num_user_rows,
+        mask_ids=tuple(masks),
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        user_token=vocab.user_mode != "none",
+        decoder_prompt=decoder_prompt,
+        max_history=max_history,
+    )
+
+
+@contextmanager
+def gathered(*parameters: nn.Parameter) -> Iterator[None]:
+    """Make parameters that ZeRO-3 has partitioned at load whole for reading; nothing to do otherwise."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
+    else:
+        yield
+
+
+def add_lora(
+    model: GenRecBackbone,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    targets: list[str] | None,
+    base_name: str,
+    revision: str | None,
+) -> PeftModel:
+    """Freeze the backbone and wrap it: LoRA adapters and the id rows are what trains.
+
+    `id_tokens` is named in `modules_to_save`, so that checkpoints, resume and ZeRO's gathering carry it. PEFT's wrapper
+    would keep an untrained second copy of the rows; it is replaced by an empty one.
+    """
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets or FAMILIES[model.config.model_type][2],
+        modules_to_save=["id_tokens"],
+        base_model_name_or_path=base_name,
+        revision=revision,
+    )
+    peft_model = get_peft_model(model, config)
+    wrapper = peft_model.base_model.model.id_tokens
+    empty = torch.empty(0, model.config.d_model)
+    wrapper.original_module = IdTokens(empty, empty.clone(), None).requires_grad_(False)
+    return peft_model
+
+
+def unwrapped(model: nn.Module) -> GenRecBackbone:
+    """The `GenRecBackbone` inside a PeftModel (or the model itself)."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, GenRecBackbone):
+        raise TypeError(f"not a GenRec model: {type(inner).__name__}")
+    return inner
+
+
+def id_tokens_of(model: nn.Module) -> IdTokens:
+    """The trained rows of a model, behind PEFT's wrapper or not."""
+    rows: Any = unwrapped(model).id_tokens
+    return rows.modules_to_save["default"] if isinstance(rows, ModulesToSaveWrapper) else rows

@@ -1,0 +1,148 @@
+"""Where the new rows start: from the items' texts, from what occurs together, or at random."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from genrec_llm.errors import ConfigError
+from genrec_llm.model import GenRecBackbone, IdTokens, gathered
+from genrec_llm.tasks import PromptLayout, Sequences
+from genrec_llm.vocab import IdVocab
+
+logger = logging.getLogger(__name__)
+RowInit = Literal["auto", "text", "cooccurrence", "random"]
+
+MAX_RANK = 256
+"""Directions kept of the co-occurrence; wider backbones get them turned into their space by a random rotation."""
+RANDOM_NORM = 1.0
+"""Row norm for a backbone without pretrained rows: the residual stream starts small, so layers are heard early."""
+USER_NORM = 0.1
+"""Norm of a fresh user row, as a share of an item row's: users start nearly silent."""
+
+
+def text_rows(model: GenRecBackbone, tokenizer: PreTrainedTokenizerBase, vocab: IdVocab) -> Tensor:
+    """Mean of each item's text pieces in the backbone's own embedding, fp32 `[items, d_model]`; no text gives zeros."""
+    columns = [column for column in ("title", "categories") if column in vocab.items]
+    texts = vocab.items[columns].fillna("").agg(" ".join, axis=1).tolist()
+    pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    counts = torch.tensor([len(ids) for ids in pieces])
+    flat = torch.tensor([piece for ids in pieces for piece in ids], dtype=torch.long)
+    table = model.get_input_embeddings()
+    with gathered(table.weight), torch.no_grad():
+        embedded = table(flat).float()
+    rows = torch.zeros(len(texts), embedded.shape[-1])
+    rows.index_add_(0, torch.repeat_interleave(torch.arange(len(texts)), counts), embedded)
+    return rows / counts.clamp(min=1).unsqueeze(1)
+
+
+def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: int) -> Tensor:
+    """Truncated SVD of the item-item co-occurrence of the training parts, fp32 `[items, dim]`; unseen items give zeros.
+
+    `C[i, j]` counts the users with both, normalised as `C / sqrt(degree_i degree_j)` with 0.5 on the diagonal; a row is
+    the item's left singular vector times the singular values.
+    """
+    ones = np.ones(len(sequences.items), dtype=np.float32)
+    bought = sp.csr_matrix((ones, sequences.items, sequences.offsets), shape=(len(sequences), num_items))
+    bought.sum_duplicates()
+    bought.data[:] = 1.0
+    together = (bought.T @ bought).tocsr()
+    together.setdiag(0)
+    together.eliminate_zeros()
+    degree = np.asarray(together.sum(axis=1)).ravel()
+    scale = sp.diags(1.0 / np.sqrt(np.maximum(degree, 1e-12)))
+    seen = sp.diags((degree > 0).astype(np.float32) * 0.5)
+    normal = (scale @ together @ scale + seen).tocoo()
+    index = torch.from_numpy(np.stack([normal.row, normal.col]).astype(np.int64))
+    matrix = torch.sparse_coo_tensor(index, torch.from_numpy(normal.data.astype(np.float32)), normal.shape)
+    rank = min(dim, MAX_RANK, num_items)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, values, _ = torch.svd_lowrank(matrix.coalesce(), q=min(rank + 16, num_items), niter=6)
+        rows = left[:, :rank] * values[:rank]
+        if rank < dim:
+            rows = rows @ nn.init.orthogonal_(torch.empty(rank, dim))
+    return rows
+
+
+def _normalised(rows: Tensor, norm: float, generator: torch.Generator) -> Tensor:
+    """Every row at length `norm`; rows of zeros get a random direction."""
+    empty = rows.norm(dim=1, keepdim=True) < 1e-8
+    rows = torch.where(empty, torch.randn(rows.shape, generator=generator), rows)
+    return rows * (norm / rows.norm(dim=1, keepdim=True))
+
+
+def _mean_norm(weight: nn.Parameter) -> float:
+    with gathered(weight), torch.no_grad():
+        return float(weight.float().norm(dim=1).mean())
+
+
+def initial_rows(
+    model: GenRecBackbone,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: IdVocab,
+    layout: PromptLayout,
+    train: Sequences,
+    *,
+    method: RowInit = "auto",
+    pretrained: bool = True,
+    tie: bool = True,
+    seed: int = 0,
+) -> tuple[IdTokens, str]:
+    """Build the rows of the new tokens.
+
+    "auto" takes co-occurrence, which says more than text about what follows what (a prototype's early NDCG@10 was four
+    times that of random rows), unless fewer than half of the items occur in training, and then the text, if there is one.
+    Lengths match the backbone's own rows (input) and head rows (output); without pretrained rows they are 1.
+
+    Returns:
+        The rows, and the method that was used.
+
+    Raises:
+        ConfigError: text is asked for, but items have none or the backbone has read none.
+    """
+    has_text = "title" in vocab.items or "categories" in vocab.items
+    if method == "text" and not (has_text and pretrained):
+        missing = "the items have no title or categories" if not has_text else "a backbone with random weights reads none"
+        raise ConfigError(f"row_init: text is not possible ({missing}): choose cooccurrence or random")
+    if method == "auto":
+        occurring = len(np.unique(train.items)) / vocab.num_items
+        method = "text" if occurring < 0.5 and has_text and pretrained else "cooccurrence"
+
+    generator = torch.Generator().manual_seed(seed)
+    dim = model.config.d_model
+    if method == "text":
+        rows = text_rows(model, tokenizer, vocab)
+        rows = rows - rows.mean(dim=0)
+    elif method == "cooccurrence":
+        rows = cooccurrence_rows(train, vocab.num_items, dim, seed=seed)
+    else:
+        rows = torch.zeros(vocab.num_items, dim)
+
+    norm_in = norm_out = RANDOM_NORM
+    if pretrained:
+        norm_in = _mean_norm(model.get_input_embeddings().weight) * embed_scale(model)
+        norm_out = _mean_norm(model.get_output_embeddings().weight) * head_scale(model)
+    item_in = _normalised(rows, norm_in, generator)
+    user_in = torch.randn(layout.num_user_rows, dim, generator=generator) * (USER_NORM * norm_in / dim**0.5)
+    item_out = None if tie else item_in * (norm_out / norm_in)
+    logger.info("item rows: %s, length %.3g (input) and %.3g (output)", method, norm_in, norm_out)
+    return IdTokens(item_in, user_in, item_out, scale=norm_out / norm_in), method
+
+
+def embed_scale(model: GenRecBackbone) -> float:
+    """What the backbone multiplies its input rows with (BART may; new rows are kept after that scale)."""
+    return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
+
+
+def head_scale(model: GenRecBackbone) -> float:
+    """What the backbone multiplies the decoder's output with before its head: d^-0.5 in tied T5, else 1."""
+    scaled = "t5" in model.config.model_type and model.config.scale_decoder_outputs
+    return float(model.config.d_model) ** -0.5 if scaled else 1.0
+

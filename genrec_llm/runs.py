@@ -1,0 +1,303 @@
+"""From arguments to a run: the data and model of a stage, and the run directory that remembers them."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.data import Interactions, leave_last_two_out
+from genrec_llm.errors import ConfigError
+from genrec_llm.evaluation import EvalData
+from genrec_llm.export import ADAPTER, TRAINED, export_trained, read_info, restore, trained_directory, versions
+from genrec_llm.files import read_json, write_json
+from genrec_llm.model import GenRecBackbone, add_id_words, add_lora, load_backbone, prompt_layout
+from genrec_llm.rows import initial_rows
+from genrec_llm.sources import load_interactions
+from genrec_llm.tasks import PromptLayout, Sequences
+from genrec_llm.trainer import GenRecTrainer, describe_launch, last_complete_checkpoint
+from genrec_llm.vocab import IdVocab
+
+logger = logging.getLogger(__name__)
+RUN_FILE, LOG_FILE = "run.json", "log_history.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with its ids encoded."""
+
+    name: str
+    fingerprint: str
+    vocab: IdVocab
+    train: Sequences
+    splits: dict[str, Sequences]
+    targets: dict[str, np.ndarray]
+    max_history: int
+
+    @property
+    def vocabulary(self) -> str:
+        """Fingerprint of the ids."""
+        return self.vocab.fingerprint
+
+    def held_out(self, split: str, *, sample: int = 0) -> EvalData:
+        """Users, histories and targets of "validation" or "test"; a fixed random sample of users if asked for."""
+        sequences, targets = self.splits[split], self.targets[split]
+        chosen = np.arange(len(sequences))
+        if 0 < sample < len(chosen):
+            chosen = np.sort(np.random.default_rng(0).permutation(len(chosen))[:sample])
+        histories = [sequences[user] for user in chosen]
+        return EvalData(
+            users=sequences.users[chosen],
+            histories=histories,
+            seen=histories,
+            targets=targets[chosen],
+            num_items=self.vocab.num_items,
+            item_counts=np.bincount(self.train.items, minlength=self.vocab.num_items),
+            split=split,
+            dataset=self.name,
+            fingerprint=self.fingerprint,
+            max_history=self.max_history,
+        )
+
+
+def load_data(args: DataArguments) -> Data:
+    """Read, split and encode the interactions that the arguments name; the same arguments give the same ids."""
+    interactions: Interactions = load_interactions(
+        args.dataset,
+        data_dir=args.data_dir,
+        user_column=args.user_column,
+        item_column=args.item_column,
+        time_column=args.time_column,
+        items_path=args.items_file,
+        k_core=args.k_core,
+        drop_duplicates=args.drop_duplicates,
+    )
+    splits = leave_last_two_out(interactions)
+    vocab = IdVocab.build(
+        interactions.catalogue,
+        splits["train"]["user"],
+        seed=args.id_seed,
+        user_mode=args.users,
+        user_buckets=args.user_buckets,
+    )
+    held_out = ("validation", "test")
+    return Data(
+        name=interactions.name,
+        fingerprint=interactions.fingerprint(),
+        vocab=vocab,
+        train=Sequences.encode(splits["train"], vocab, "items"),
+        splits={name: Sequences.encode(splits[name], vocab, "history") for name in held_out},
+        targets={name: vocab.encode_items(splits[name]["target"]) for name in held_out},
+        max_history=args.max_history,
+    )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model ready to train."""
+
+    model: PeftModel | GenRecBackbone
+    tokenizer: PreTrainedTokenizerBase
+    layout: PromptLayout
+    row_init: str
+
+
+def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: Data) -> Built:
+    """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned."""
+    model, tokenizer = load_backbone(
+        args.backbone,
+        init=args.backbone_init,
+        revision=args.backbone_revision,
+        dtype=torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32,
+        dropout=args.dropout,
+    )
+    layout = prompt_layout(tokenizer, data.vocab, max_history=data.max_history, decoder_prompt=args.decoder_prompt)
+    rows, method = initial_rows(
+        model,
+        tokenizer,
+        data.vocab,
+        layout,
+        data.train,
+        method=args.row_init,
+        pretrained=args.backbone_init == "pretrained",
+        tie=args.tie_item_rows,
+        seed=training.seed,
+    )
+    model.add_id_tokens(rows, layout.base)
+    add_id_words(tokenizer, data.vocab)
+    if args.tuning == "full":
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            model.get_output_embeddings().requires_grad_(False)  # a head that no score passes through
+        return Built(model, tokenizer, layout, method)
+    adapted = add_lora(
+        model,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        targets=args.lora_target_modules,
+        base_name=args.backbone,
+        revision=args.backbone_revision,
+    )
+    return Built(adapted, tokenizer, layout, method)
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that runs, with "+changes" where it has any; None outside git."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def hardware() -> str:
+    """The machine in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+class RunDirectory:
+    """`runs/<name>/`: what a stage was started with, its checkpoints, logs and artifacts.
+
+    Args:
+        stage: "pretrain" or "finetune".
+
+    Raises:
+        ConfigError: the directory holds a run of another data set, catalogue, stage or backbone.
+    """
+
+    def __init__(
+        self, stage: str, data: Data, data_args: DataArguments, model_args: ModelArguments, training: GenRecTrainingArguments
+    ) -> None:
+        self.path, self.stage, self.data, self.model_args, self.training = (
+            Path(training.output_dir), stage, data, model_args, training,
+        )  # fmt: skip
+        self.facts: dict[str, Any] = {
+            "stage": stage,
+            "command": shlex.join(sys.argv),
+            "data": {"name": data.name, "fingerprint": data.fingerprint, "vocabulary": data.vocabulary},
+            "arguments": {"data": asdict(data_args), "model": asdict(model_args), "training": training.to_dict()},
+            "versions": versions(),
+            "commit": git_commit(),
+            "hardware": hardware(),
+        }
+        self._refuse_another()
+
+    def _refuse_another(self) -> None:
+        if not (self.path / RUN_FILE).is_file():
+            return
+        there = read_json(self.path / RUN_FILE)
+        problems = []
+        if there["stage"] != self.stage:
+            problems.append(f"{self.path}: holds a {there['stage']} run, this is {self.stage}")
+        for key in ("fingerprint", "vocabulary"):
+            if there["data"][key] != self.facts["data"][key]:
+                problems.append(
+                    f"{self.path}: was made from {there['data']['name']} ({key} {there['data'][key][:12]}), now the data is "
+                    f"{self.data.name} ({key} {self.facts['data'][key][:12]})"
+                )
+        for key in ("backbone", "backbone_init", "tuning", "lora_r", "lora_alpha", "tie_item_rows", "decoder_prompt"):
+            theirs, ours = there["arguments"]["model"][key], self.facts["arguments"]["model"][key]
+            if theirs != ours:
+                problems.append(f"{self.path}: was made with {key} {theirs}, now it is {ours}")
+        if problems:
+            raise ConfigError([f"{problem}: choose another --output-dir, or remove that run" for problem in problems])
+
+    def train(self, trainer: GenRecTrainer, built: Built) -> None:
+        """Note the start, train (from the last whole checkpoint of this run, if there is one), and export the best model."""
+        launch = describe_launch(trainer)
+        trainable = sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad)
+        self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
+        resumed = last_complete_checkpoint(self.path)
+        if trainer.is_world_process_zero():
+            print(f"{self.stage}: " + ", ".join(f"{name} {value}" for name, value in launch.items()), flush=True)
+            print(
+                f"{self.data.name}: {len(self.data.train)} users, {self.data.vocab.num_items} items, "
+                f"{len(trainer.task.lengths)} examples an epoch; {trainable} trainable parameters; "
+                f"item rows from {built.row_init}" + (f"; going on from {resumed}" if resumed else ""),
+                flush=True,
+            )
+            write_json(self.path / RUN_FILE, self.facts)
+            self.data.vocab.save_items(self.path / "items.parquet")
+            self.data.vocab.save_users(self.path / "users.parquet")
+        start = time.time()
+        trainer.train(resume_from_checkpoint=resumed)
+        best = trainer.state.best_metric
+        trainer.save_model(str(self.path / "final"))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            out = self.path / (ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
+            info = {
+                "stage": self.stage,
+                "base_model": {
+                    "name": self.model_args.backbone,
+                    "revision": self.model_args.backbone_revision,
+                    "type": built.model.config.model_type,
+                },
+                "data": self.facts["data"],
+                "metrics": {"validation_ndcg@10": best},
+                "seed": self.training.seed,
+                "id_seed": self.data.vocab.seed,
+                "user_mode": self.data.vocab.user_mode,
+                "user_buckets": self.data.vocab.user_buckets,
+            }
+            export_trained(
+                self.path / "final",
+                out,
+                model=built.model,
+                tokenizer=built.tokenizer,
+                vocab=self.data.vocab,
+                layout=built.layout,
+                info=info,
+            )
+            shutil.rmtree(self.path / "final")
+            write_json(self.path / LOG_FILE, trainer.state.log_history)
+            finished = {"seconds": round(time.time() - start, 1), "steps": trainer.state.global_step, "best": best}
+            write_json(self.path / RUN_FILE, {**self.facts, "finished": finished})
+            print(f"{self.stage}: best validation NDCG@10 {best}; {finished['steps']} steps; written to {out}", flush=True)
+
+
+def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None:
+    """Go on with the adapters and rows of an earlier run, with a fresh optimizer; says what is inherited.
+
+    Raises:
+        ConfigError: that run used other data, ids, prompt or adapters, or is not finished.
+    """
+    folder = trained_directory(Path(training.from_run or ""))
+    info = read_info(folder, ADAPTER, TRAINED)
+    problems = []
+    for key in ("fingerprint", "vocabulary"):
+        if info["data"][key] != getattr(data, key):
+            problems.append(f"{folder}: was trained on {info['data']['name']} with another {key}; now the data is {data.name}")
+    theirs, ours = info["prompt"], built.layout.to_dict()
+    problems += [
+        f"{folder}: its prompt has {key} {theirs[key]}, this run's {ours[key]}"
+        for key in ours
+        if theirs[key] != ours[key]
+    ]
+    if problems:
+        raise ConfigError([f"{problem}: give the same data and prompt settings as in pretraining" for problem in problems])
+    restore(built.model, folder)
+    if training.process_index == 0:
+        print(
+            f"finetune: adapters and rows from {folder} ({info['stage']}, seed {info['seed']}, validation NDCG@10 "
+            f"{info['metrics']['validation_ndcg@10']}); fresh optimizer, learning rate {training.learning_rate:g} "
+            f"(rows {training.rows_rate:g})",
+            flush=True,
+        )

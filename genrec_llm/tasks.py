@@ -1,0 +1,324 @@
+"""What the model reads and predicts: the prompt layout, the two tasks, and their seeded random draws.
+
+Input `[user] item … item mask </s>`; every prediction has a short decoder prompt `[mask token, left neighbour]` and is
+read at its last position. Masked-item examples (pretraining) hide items inside a history; next-item examples
+(finetuning) put the mask after it. Both follow Cao & Liò, GenRec, 2024, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from genrec_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
+
+    from genrec_llm.vocab import IdVocab
+
+IntArray = npt.NDArray[np.int64]
+Batch = dict[str, IntArray]
+DecoderPrompt = Literal["last-item", "mask"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Item sequences of many users, one after the other in one array.
+
+    Args:
+        items: item indices, oldest first, `[interactions]`.
+        offsets: where each user's sequence begins, and the end of the last, `[users + 1]`.
+        users: user rows (0 = unknown), `[users]`.
+    """
+
+    items: IntArray
+    offsets: IntArray
+    users: IntArray
+
+    @classmethod
+    def encode(cls, split: datasets.Dataset, vocab: IdVocab, column: str) -> Sequences:
+        """Encode the list column `items` or `history` of a split with the ids of `vocab`."""
+        table = split.with_format("arrow")[:]
+        lists = table.column(column).combine_chunks()
+        return cls(
+            items=vocab.encode_items(lists.flatten().to_pylist()),
+            offsets=np.asarray(lists.offsets, dtype=np.int64) - int(lists.offsets[0].as_py()),
+            users=np.array([vocab.user_row(raw) for raw in table.column("user").to_pylist()], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, user: int) -> IntArray:
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def lengths(self) -> IntArray:
+        """Items a user, `[users]`."""
+        return np.diff(self.offsets)
+
+
+def uniform(seed: int, epoch: int, example: IntArray, draw: int | IntArray) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) that depend on (seed, epoch, example, draw) alone, whoever asks and in whatever order.
+
+    The finaliser of SplitMix64 (Steele et al., 2014) applied to each of the four in turn; `example` and `draw` broadcast.
+    """
+
+    def mix(state: npt.NDArray[np.uint64], word: Any) -> npt.NDArray[np.uint64]:
+        state = (state ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        state = mix(np.zeros(1, dtype=np.uint64), seed)
+        for word in (epoch, example, draw):
+            state = mix(state, word)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Everything that training, ranking and an exported model must agree on to turn a history into token ids.
+
+    Args:
+        base: size of the base tokenizer; items are `base + index`, user rows follow the items.
+        num_items: items of the catalogue.
+        num_user_rows: user rows, `<user_unknown>` included.
+        mask_ids: token ids of `<extra_id_0>`, `<extra_id_1>`, … (T5) or of the one mask token (BART).
+        eos_id, pad_id: token ids of the base tokenizer.
+        user_token: whether the input begins with a user token.
+        decoder_prompt: "last-item" puts the left neighbour of the mask behind the mask token; "mask" is the bare mask
+            token of the paper's figure, for the ablation.
+        max_history: most recent items of a history that are read.
+    """
+
+    base: int
+    num_items: int
+    num_user_rows: int
+    mask_ids: tuple[int, ...]
+    eos_id: int
+    pad_id: int
+    user_token: bool = True
+    decoder_prompt: DecoderPrompt = "last-item"
+    max_history: int = 50
+
+    @property
+    def first_user_id(self) -> int:
+        """Token id of `<user_unknown>`; known users follow it."""
+        return self.base + self.num_items
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the merged vocabulary: base tokenizer, items, users."""
+        return self.base + self.num_items + self.num_user_rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to genrec.json."""
+        return {**asdict(self), "mask_ids": list(self.mask_ids)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PromptLayout:
+        """From genrec.json."""
+        return cls(**{**values, "mask_ids": tuple(values["mask_ids"])})
+
+    def without_users(self) -> PromptLayout:
+        """The same prompt with `<user_unknown>` as the only user row."""
+        return PromptLayout(**{**asdict(self), "num_user_rows": 1})
+
+    def user_ids(self, rows: IntArray) -> IntArray:
+        """Token ids of user rows."""
+        return self.first_user_id + rows
+
+    def encode(
+        self, items: IntArray, lengths: IntArray, users: IntArray, masked: npt.NDArray[np.bool_] | None = None
+    ) -> Batch:
+        """Token ids of a batch.
+
+        Args:
+            items: item indices, right-padded with anything, `[batch, longest]`.
+            lengths: items that count, `[batch]`.
+            users: user rows, `[batch]`.
+            masked: items to hide, `[batch, longest]`; without it one mask is appended after each history.
+
+        Returns:
+            `input_ids` and `attention_mask` `[batch, tokens]`, `decoder_input_ids` `[targets, 1 or 2]`; with `masked`
+            also `labels` (item indices, `[targets]`) and, where a row has several targets, `target_rows` (the row of
+            each, `[targets]`).
+        """
+        batch, longest = items.shape
+        position = np.arange(longest)
+        inside = position < lengths[:, None]
+        append = masked is None
+        hidden = np.zeros_like(inside) if masked is None else masked & inside
+        user_ids = self.user_ids(users)
+
+        order = np.cumsum(hidden, axis=1) - 1
+        tokens = np.where(hidden, np.take(self.mask_ids, np.maximum(order, 0)), self.base + items)
+        start = int(self.user_token)
+        width = start + longest + int(append) + 1
+        input_ids = np.full((batch, width), self.pad_id, dtype=np.int64)
+        if self.user_token:
+            input_ids[:, 0] = user_ids
+        input_ids[:, start : start + longest] = np.where(inside, tokens, self.pad_id)
+        row = np.arange(batch)
+        if append:
+            input_ids[row, start + lengths] = self.mask_ids[0]
+        ends = start + lengths + int(append)
+        input_ids[row, ends] = self.eos_id
+        encoded = {"input_ids": input_ids, "attention_mask": (np.arange(width) <= ends[:, None]).astype(np.int64)}
+
+        # The left neighbour of a mask is the nearest visible item before it; without one, the user stands in.
+        visible_upto = np.maximum.accumulate(np.where(inside & ~hidden, position, -1), axis=1)
+        if masked is None:
+            rows, mask_tokens = row, np.full(batch, self.mask_ids[0], dtype=np.int64)
+            left = visible_upto[:, -1] if longest else np.full(batch, -1)
+        else:
+            rows, columns = np.nonzero(hidden)
+            mask_tokens = np.take(self.mask_ids, order[rows, columns])
+            left = np.where(columns > 0, visible_upto[rows, np.maximum(columns - 1, 0)], -1)
+            encoded["labels"] = items[rows, columns]
+            if len(rows) > batch:
+                encoded["target_rows"] = rows
+        prompt = mask_tokens[:, None]
+        if self.decoder_prompt == "last-item":
+            neighbour = items[rows, np.maximum(left, 0)] if longest else np.zeros(batch, dtype=np.int64)
+            prompt = np.stack([mask_tokens, np.where(left >= 0, self.base + neighbour, user_ids[rows])], axis=1)
+        return encoded | {"decoder_input_ids": prompt}
+
+    def encode_histories(self, histories: Sequence[IntArray], users: IntArray) -> Batch:
+        """Token ids that ask for the item after each history (item indices, oldest first; may be empty)."""
+        recent = [np.asarray(history, dtype=np.int64)[-self.max_history :] for history in histories]
+        lengths = np.array([len(history) for history in recent], dtype=np.int64)
+        items = np.zeros((len(recent), int(lengths.max(initial=0))), dtype=np.int64)
+        for row, history in enumerate(recent):
+            items[row, : len(history)] = history
+        return self.encode(items, lengths, np.asarray(users, dtype=np.int64))
+
+
+class Task(Protocol):
+    """Examples of one training stage; an example's content depends on (seed, epoch, example) alone."""
+
+    lengths: IntArray
+    """Items in the encoder's input, `[examples]`: what batches are balanced by."""
+
+    def batch(self, epoch: int, examples: IntArray) -> Batch:
+        """Token ids of the given examples as they are in `epoch`, with their `labels`."""
+        ...
+
+
+def _gather(sequences: Sequences, starts: IntArray, lengths: IntArray) -> IntArray:
+    """Items `starts … starts + lengths` of the flat array as rows, `[batch, longest]`."""
+    columns = np.arange(int(lengths.max(initial=0)))
+    index = np.minimum(starts[:, None] + columns, len(sequences.items) - 1)
+    return sequences.items[index]
+
+
+def _drawn_users(sequences: Sequences, owner: IntArray, dropout: float, draws: npt.NDArray[np.float64]) -> IntArray:
+    return np.where(draws < dropout, 0, sequences.users[owner])
+
+
+class MaskedItem:
+    """Pretraining: random items of a user's history are hidden.
+
+    Args:
+        sequences: training parts only.
+        layout: how token ids are laid out.
+        seed: of all draws.
+        masks_per_sequence: items hidden in one sequence (at least one item stays visible).
+        last_item_probability: how often the last item of the sequence is among the hidden ones by choice.
+        user_dropout: how often `<user_unknown>` stands in for the user, so that new users are served.
+
+    Raises:
+        ConfigError: more masks than the backbone has mask tokens, or no user has two training items.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        layout: PromptLayout,
+        *,
+        seed: int,
+        masks_per_sequence: int = 1,
+        last_item_probability: float = 0.0,
+        user_dropout: float = 0.1,
+    ) -> None:
+        if not 1 <= masks_per_sequence <= len(layout.mask_ids):
+            raise ConfigError(
+                f"masks_per_sequence: {masks_per_sequence} is not between 1 and {len(layout.mask_ids)}, the mask tokens "
+                "of this backbone (BART has one): choose a number in that range"
+            )
+        self.sequences, self.layout, self.seed = sequences, layout, seed
+        self.masks_per_sequence, self.last_item_probability = masks_per_sequence, last_item_probability
+        self.user_dropout = user_dropout
+        self.owners = np.flatnonzero(sequences.lengths() >= 2)
+        if not len(self.owners):
+            raise ConfigError("dataset: no user has two items in the training part, so nothing can be masked: more data")
+        self.lengths = np.minimum(sequences.lengths()[self.owners], layout.max_history)
+
+    def batch(self, epoch: int, examples: IntArray) -> Batch:
+        """See `Task.batch`. Of a sequence longer than the history length a random window is taken."""
+        owner, lengths = self.owners[examples], self.lengths[examples]
+        spare = self.sequences.lengths()[owner] - lengths
+        window = (uniform(self.seed, epoch, examples, 0) * (spare + 1)).astype(np.int64)
+        items = _gather(self.sequences, self.sequences.offsets[owner] + window, lengths)
+        users = _drawn_users(self.sequences, owner, self.user_dropout, uniform(self.seed, epoch, examples, 1))
+
+        position = np.arange(items.shape[1])
+        keys = uniform(self.seed, epoch, examples[:, None], position[None, :] + 3)
+        keys[position >= lengths[:, None]] = 2.0
+        last = uniform(self.seed, epoch, examples, 2) < self.last_item_probability
+        keys[np.flatnonzero(last), lengths[last] - 1] = -1.0
+        rank = keys.argsort(axis=1).argsort(axis=1)
+        masked = rank < np.minimum(self.masks_per_sequence, lengths - 1)[:, None]
+        return self.layout.encode(items, lengths, users, masked)
+
+
+class NextItem:
+    """Finetuning: a mask stands after the history.
+
+    Args:
+        sequences: training parts only.
+        layout: how token ids are laid out.
+        seed: of all draws.
+        targets: "all" makes an example of every prefix; "last" one a user, the last item of the training part.
+        user_dropout: as in `MaskedItem`.
+
+    Raises:
+        ConfigError: no user has two training items.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        layout: PromptLayout,
+        *,
+        seed: int,
+        targets: Literal["all", "last"] = "all",
+        user_dropout: float = 0.1,
+    ) -> None:
+        self.sequences, self.layout, self.seed, self.user_dropout = sequences, layout, seed, user_dropout
+        counts = np.maximum(sequences.lengths() - 1, 0)
+        self.owners = np.repeat(np.arange(len(sequences)), counts)
+        # Position of each example's target within its own sequence: 1, 2, … length - 1.
+        ends = np.arange(len(self.owners)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+        if targets == "last":
+            final = np.flatnonzero(ends == counts[self.owners])
+            self.owners, ends = self.owners[final], ends[final]
+        if not len(self.owners):
+            raise ConfigError("dataset: no user has two items in the training part, so there is no target: more data")
+        self.ends = ends
+        self.lengths = np.minimum(ends, layout.max_history)
+
+    def batch(self, epoch: int, examples: IntArray) -> Batch:
+        """See `Task.batch`."""
+        owner, lengths = self.owners[examples], self.lengths[examples]
+        target = self.sequences.offsets[owner] + self.ends[examples]
+        items = _gather(self.sequences, target - lengths, lengths)
+        users = _drawn_users(self.sequences, owner, self.user_dropout, uniform(self.seed, epoch, examples, 1))
+        encoded = self.layout.encode(items, lengths, users)
+        return encoded | {"labels": self.sequences.items[target]}

@@ -1,0 +1,245 @@
+"""Training: the Trainer with id rows in a group of their own, ranks as its validation, and whole checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import DistributedType
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer
+
+from genrec_llm.args import GenRecTrainingArguments
+from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
+from genrec_llm.decoding import mask_seen, rank_targets
+from genrec_llm.errors import ConfigError, ExportError
+from genrec_llm.evaluation import EvalData
+from genrec_llm.files import read_json, sha256_file, write_json
+from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
+from genrec_llm.model import id_tokens_of
+from genrec_llm.tasks import PromptLayout, Task
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+class GenRecTrainer(Seq2SeqTrainer):
+    """Trains on the global batches of a task and validates by full ranking.
+
+    Args:
+        model: a `PeftModel` around a `GenRecBackbone`, or the backbone itself.
+        args: see `GenRecTrainingArguments`.
+        task: examples of the stage.
+        layout: how histories become token ids.
+        validation: users, histories and targets ranked at every evaluation; None for no validation.
+    """
+
+    args: GenRecTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: GenRecTrainingArguments,
+        *,
+        task: Task,
+        layout: PromptLayout,
+        validation: EvalData | None,
+    ) -> None:
+        self.task, self.layout = task, layout
+        callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else None
+        super().__init__(model=model, args=args, eval_dataset=validation, callbacks=callbacks)
+
+    def get_train_dataloader(self) -> EpochDataLoader:
+        """This process's share of the global batches. accelerate must not shard it again, so it is not prepared."""
+        return train_loader(
+            self.task,
+            global_batch_size=self.args.global_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.seed,
+            workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or `--optim`) with two groups of learning rates: adapters or backbone, and id rows."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        decay = set(self.get_decay_parameter_names(model))
+        rows = {id(parameter) for parameter in id_tokens_of(model).parameters()}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) in rows:
+                key = (self.args.rows_rate, self.args.rows_weight_decay)
+            else:
+                key = (self.args.learning_rate, self.args.weight_decay if name in decay else 0.0)
+            groups.setdefault(key, []).append(parameter)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()], **settings
+        )
+        return self.optimizer
+
+    # --- validation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: EvalData | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Rank every validation user once over all processes, seen items removed. Only ranks are gathered, no scores."""
+        ranks = self.rank(self.eval_dataset if eval_dataset is None else eval_dataset)
+        values = {f"hit_rate@{k}": hit_rate(ranks, k) for k in (5, 10)} | {f"ndcg@{k}": ndcg(ranks, k) for k in (5, 10)}
+        values["mrr"] = reciprocal_rank(ranks)
+        metrics = {f"{metric_key_prefix}_{name}": float(value.mean()) for name, value in values.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def rank(self, data: EvalData, *, exclude_seen: bool = True) -> Ranks:
+        """Ranks of the targets by the one-step path; every process gets all of them, in the order of `data`."""
+        model = self._wrap_model(self.model_wrapped, training=False)
+        if not self.is_in_train and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        world, me = self.args.world_size, self.args.process_index
+        order = np.argsort([len(history) for history in data.histories], kind="stable")
+        mine = np.resize(order[me::world], -(-len(order) // world))  # equally many on every process; repeats are dropped
+        found = torch.empty(len(mine), 3, dtype=torch.long)
+        for start in range(0, len(mine), self.args.per_device_eval_batch_size):
+            users = mine[start : start + self.args.per_device_eval_batch_size]
+            batch = self.layout.encode_histories([data.histories[user] for user in users], data.users[users])
+            with torch.no_grad():
+                scores = model(**self._prepare_inputs(as_tensors(batch))).logits
+            if exclude_seen:
+                scores = mask_seen(scores, [data.seen[user] for user in users])
+            better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
+            found[start : start + len(users)] = torch.stack([torch.from_numpy(users), better.cpu(), tied.cpu()], dim=1)
+        gathered = self.accelerator.gather(found.to(self.args.device)).cpu().numpy()
+        better, tied = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
+        better[gathered[:, 0]], tied[gathered[:, 0]] = gathered[:, 1], gathered[:, 2]
+        return Ranks(better=better, tied=tied, candidates=data.num_items)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained tensors: PEFT's files for an adapter, one safetensors file for full tuning."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = [name for name, value in (state_dict or {}).items() if not value.numel() and ".original_module" not in name]
+        if empty:
+            raise ExportError(f"{folder}: these tensors were not gathered whole from all processes: {', '.join(empty)}")
+        if isinstance(self.model, PeftModel):
+            # "auto" would add the backbone's embedding tables for a base that came from a folder (PEFT 0.21).
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        else:
+            save_file(unshared(state_dict or self.model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint counts only with its manifest, which the first process writes when all others are done."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """End the run on every process.
+
+        Gloo workers abort at interpreter exit in up to half of all runs after the work is done (torch 2.13, "terminate
+        called without an active exception"), so processes that share a CPU run leave at once.
+        """
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.args.world_size > 1 and self.args.device.type == "cpu":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+
+def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once, under its first name: safetensors refuses tensors that share memory."""
+    seen: set[int] = set()
+    return {
+        name: value.detach().contiguous()
+        for name, value in state_dict.items()
+        if not (value.data_ptr() in seen or seen.add(value.data_ptr()))  # type: ignore[func-returns-value]
+    }
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and hash of every file of a finished checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    write_json(folder / MANIFEST, {"files": names})
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint has its manifest and every file is as the manifest says."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    listed = read_json(folder / MANIFEST)["files"]
+    return all(
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == entry["bytes"]
+        and sha256_file(folder / name) == entry["sha256"]
+        for name, entry in listed.items()
+    )
+
+
+def last_complete_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint of a run that is whole; broken ones are skipped with a warning."""
+    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        if is_complete(folder):
+            return str(folder)
+        logger.warning("%s is not whole (stopped while it was written?) and is skipped", folder)
+    return None
+
+
+def describe_launch(trainer: GenRecTrainer) -> dict[str, Any]:
+    """Strategy, processes, precision and global batch that the run really has.
+
+    Raises:
+        ConfigError: the launcher promised several processes or DeepSpeed, and the Trainer got something else.
+    """
+    args, state = trainer.args, trainer.accelerator.state
+    facts = {
+        "strategy": state.distributed_type.value,
+        "world_size": args.world_size,
+        "device": str(args.device),
+        "precision": "bf16" if args.bf16 else "fp32",
+        "global_batch_size": args.global_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+    }
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        facts["zero_stage"] = state.deepspeed_plugin.zero_stage
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = []
+    if promised != args.world_size:
+        problems.append(f"launch: {promised} processes were started, but this run has world size {args.world_size}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and "zero_stage" not in facts:
+        problems.append(f"launch: DeepSpeed was asked for, but this run has strategy {facts['strategy']}")
+    if state.mixed_precision != ("bf16" if args.bf16 else "no"):
+        problems.append(
+            f"launch: the accelerate file says mixed_precision {state.mixed_precision}, the arguments say "
+            f"{facts['precision']}: leave it out of the accelerate file and use --bf16"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return facts

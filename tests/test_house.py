@@ -1,0 +1,84 @@
+"""How the project is laid out and installed: what lies on the top level, what starts without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "genrec_llm",
+    "recipes",
+    "accelerate_configs",
+    "ds_configs",
+    "tests",
+    "tools",
+    "docs",
+    ".ci",
+    ".github",
+}
+FILES = {
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+    "LICENSE",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "CONTRIBUTING.md",
+    "CITATION.cff",
+    ".gitignore",
+    ".gitattributes",
+    ".pre-commit-config.yaml",
+    ".editorconfig",
+    ".python-version",
+}
+LIGHT_MODULES = ("errors", "files", "data", "sources", "vocab", "metrics")
+PRINT_HEAVY_MODULES = "import sys; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+
+
+def python(code: str) -> str:
+    """Run `code` in a fresh interpreter, far from the repository, and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_top_level_holds_only_what_belongs_there() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout: there is no list of tracked files")
+    tracked = {name.split("/")[0] for name in listed.stdout.split("\0") if name}
+    assert tracked - FOLDERS - FILES == set()
+    assert {"genrec_llm", "recipes", "pyproject.toml", "README.md", "Makefile", "LICENSE"} <= tracked
+
+
+def test_genrec_help_starts_without_torch() -> None:
+    (script,) = entry_points(group="console_scripts", name="genrec")
+    assert script.value == "genrec_llm.cli:main"
+    printed = python(
+        "import sys\n"
+        "from genrec_llm.cli import main\n"
+        "sys.argv = ['genrec', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code, ended.code\n" + PRINT_HEAVY_MODULES
+    )
+    assert "usage: genrec" in printed
+    assert printed.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_the_modules_of_the_data_verbs_start_without_torch(module: str) -> None:
+    assert python(f"import genrec_llm.{module}\n" + PRINT_HEAVY_MODULES) == "[]\n"
+
+
+def test_whoever_has_a_torch_that_fits_their_gpu_keeps_it() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (torch,) = [dependency for dependency in project["dependencies"] if dependency.startswith("torch")]
+    assert "<" not in torch and "==" not in torch

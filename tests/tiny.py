@@ -1,0 +1,99 @@
+"""Tiny checkpoints and logs, built in memory, and the real launch command around them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from genrec_llm.model import GenRecUntiedT5, bare_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KINDS = ("t5-tied", "t5-untied", "bart")
+PADDED = 5
+"""Rows of the tiny matrices beyond the tokenizer, as T5's 32,128 rows for 32,100 tokens."""
+
+
+def save_backbone(kind: str, folder: Path, *, seed: int = 0) -> Path:
+    """Save a tiny checkpoint with its tokenizer; `kind` is one of `KINDS`."""
+    torch.manual_seed(seed)
+    tokenizer = bare_tokenizer("bart" if kind == "bart" else "t5")
+    rows = len(tokenizer) + PADDED
+    if kind == "bart":
+        config = BartConfig(
+            vocab_size=rows, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+            pad_token_id=0, eos_token_id=1, bos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=1,
+            scale_embedding=True,
+        )  # fmt: skip
+        BartForConditionalGeneration(config).save_pretrained(folder)
+    else:
+        config = T5Config(
+            vocab_size=rows, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=1, num_decoder_layers=1,
+            feed_forward_proj="relu" if kind == "t5-tied" else "gated-gelu", tie_word_embeddings=kind == "t5-tied",
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        if kind == "t5-tied":
+            T5ForConditionalGeneration(config).save_pretrained(folder)
+        else:
+            model = GenRecUntiedT5(config)
+            model.save_pretrained(folder)
+            text = (folder / "config.json").read_text()
+            published = text.replace("GenRecUntiedT5", "T5ForConditionalGeneration")
+            (folder / "config.json").write_text(
+                published.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
+            )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_log(path: Path, *, users: int = 40, items: int = 30, seed: int = 0, longest: int = 12) -> Path:
+    """Write a csv of interactions (user,item,timestamp), in which items often follow their predecessor."""
+    random = np.random.default_rng(seed)
+    lines = ["user,item,timestamp"]
+    for user in range(users):
+        item = int(random.integers(items))
+        for step in range(int(random.integers(4, longest + 1))):
+            lines.append(f"u{user},i{item},{1_000_000 + 100 * step}")
+            item = (item + 1) % items if random.random() < 0.8 else int(random.integers(items))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def environment() -> dict[str, str]:
+    """As a user's shell: the tools of this interpreter first, one thread a process."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+
+
+def launch_command(strategy: str, recipe: str, *arguments: str, processes: int = 2) -> list[str]:
+    """`accelerate launch` with one of the shipped files."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", f"accelerate_configs/{strategy}.yaml",
+        *(("--num_processes", str(processes), "--main_process_port", "0") if strategy != "cpu" else ()),
+        f"recipes/{recipe}.py", "--use_cpu", "--disable_tqdm", "true", *arguments,
+    ]  # fmt: skip
+
+
+def run(command: Sequence[str], *, timeout: float = 300) -> str:
+    """Run a command from the repository's root; its output, or an assertion error that shows it."""
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), timeout=timeout, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit {done.returncode}: {' '.join(command)}\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a launcher and all its workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
