@@ -1,4 +1,4 @@
-"""Full ranking of every target, and the report that comes of it: metrics with intervals, comparisons, files."""
+"""Full ranking of every target, and its report: metrics with intervals, comparisons, files."""
 
 from __future__ import annotations
 

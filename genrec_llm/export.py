@@ -230,7 +230,10 @@ def restore(model: nn.Module, folder: Path) -> None:
         else:
             rows.item_out.weight.copy_(tensors["item_out"])
     if lora:
-        set_peft_model_state_dict(model, _read_tensors(folder / "adapter_model.safetensors")[0])
+        state, _ = _read_tensors(folder / "adapter_model.safetensors")
+        # PEFT asks for what `modules_to_save` names as well.
+        state |= {f"base_model.model.id_tokens.{name}": value for name, value in rows.state_dict().items()}
+        set_peft_model_state_dict(model, state)
     else:
         state, _ = _read_tensors(folder / WEIGHTS_FILE)
         model.load_state_dict(state, strict=False)

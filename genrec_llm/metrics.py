@@ -63,9 +63,7 @@ def list_ranks(lists: Sequence[Sequence[int]], targets: Sequence[int], k: int) -
         raise ValueError(f"{len(lists)} lists for {len(targets)} targets: give one of each a user")
     short = sum(len(items) < k for items in lists)
     if short:
-        raise ValueError(
-            f"{short} of {len(lists)} lists are shorter than k={k}: lower k or pad with -1"
-        )
+        raise ValueError(f"{short} of {len(lists)} lists are shorter than k={k}: lower k or pad with -1")
     better = [
         list(items[:k]).index(target) if target in items[:k] else k
         for items, target in zip(lists, targets, strict=True)

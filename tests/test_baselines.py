@@ -82,8 +82,10 @@ def test_item_knn_of_an_item_without_evidence_scores_nothing() -> None:
     np.testing.assert_array_equal(scores, 0)
 
 
-# Tolerances: popularity 0.0001 and recent repeat 0.0002, the earlier measurement's rounding and its ties; item-kNN 0.0008,
-# since the earlier code is not at hand and its words leave windows open, which move HR@10 by 0.0005 on their own.
+# The figures were measured by other code, known by its description alone. Tolerances: 0.00015 and 0.0002 for
+# rounding and ties; on Beauty 0.0008 for item-kNN: the description leaves the window open, which alone moves
+# HR@10 by 0.0005.
+@pytest.mark.slow
 def test_popularity_on_beauty(shared_data: Path) -> None:
     train, data = read_benchmark(shared_data / "sequences" / "Beauty.txt.gz", targets_from_end=1)
     measured = figures(Popularity.fit(train, data.num_items), data, exclude_seen=True)
@@ -104,11 +106,7 @@ def test_item_knn_on_sports(shared_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_repeats_are_worth_as_much_as_on_record_on_yelp_and_nothing_once_seen_items_are_removed(
-    shared_data: Path,
-) -> None:
+def test_repeats_are_worth_as_much_as_on_record_on_yelp(shared_data: Path) -> None:
     train, data = read_benchmark(shared_data / "sequences" / "Yelp.txt.gz", targets_from_end=1)
-    recommender = RecentRepeat.fit(train, data.num_items)
-    kept = figures(recommender, data, exclude_seen=False)
-    np.testing.assert_allclose(kept[:2], [0.0547, 0.0389], atol=2e-4)
-    assert max(figures(recommender, data, exclude_seen=True)) < 0.001
+    measured = figures(RecentRepeat.fit(train, data.num_items), data, exclude_seen=False)
+    np.testing.assert_allclose(measured[:2], [0.0547, 0.0389], atol=2e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -155,13 +156,20 @@ def test_a_saved_report_comes_back_whole_and_holds_rows_only(data: EvalData, tmp
         EvalReport.load(tmp_path / "nowhere")
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(data: EvalData, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_report_as_it_was(
+    data: EvalData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report_of(Constant(), data).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ExportError):
-        report_of(Constant(), data).save(tmp_path / "file")
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+    def half_written(table: object, path: Path) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", half_written)
+    with pytest.raises(ExportError, match="No space left"):
+        report_of(Noisy("new", data, 1.0), data).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_table_and_the_plot_show_every_report(data: EvalData, tmp_path: Path) -> None:
