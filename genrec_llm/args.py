@@ -38,24 +38,33 @@ class DataArguments:
         metadata={"help": "movielens-100k, amazon-beauty, amazon-sports, yelp, or a csv, parquet, jsonl or txt file."}
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of a named data set that cannot be downloaded (Beauty, Sports, Yelp)."}
+        default=None,
+        metadata={"help": "Folder of a named data set that cannot be downloaded (Beauty, Sports, Yelp)."},
     )
     items_file: str | None = field(
-        default=None, metadata={"help": "File of items (column `item`, optional `title`, `categories`); may list cold ones."}
+        default=None,
+        metadata={"help": "File of items (column `item`, optional `title`, `categories`); may list cold ones."},
     )
     user_column: str = field(default="user", metadata={"help": "Column of the user id."})
     item_column: str = field(default="item", metadata={"help": "Column of the item id."})
-    time_column: str = field(default="timestamp", metadata={"help": "Column of the time; file order counts without one."})
-    k_core: int = field(
-        default=0, metadata={"help": "Drop users and items with fewer interactions, until none is left; 0 keeps all."}
+    time_column: str = field(
+        default="timestamp", metadata={"help": "Column of the time; file order counts without one."}
     )
-    drop_duplicates: bool = field(default=False, metadata={"help": "Drop rows that repeat user, item and time exactly."})
+    k_core: int = field(
+        default=0,
+        metadata={"help": "Drop users and items with fewer interactions, until none is left; 0 keeps all."},
+    )
+    drop_duplicates: bool = field(
+        default=False, metadata={"help": "Drop rows that repeat user, item and time exactly."}
+    )
     max_history: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
     id_seed: int = field(
-        default=0, metadata={"help": "Seed of the permutation that numbers items and users; order must say nothing."}
+        default=0,
+        metadata={"help": "Seed of the permutation that numbers items and users; order must say nothing."},
     )
     users: str = field(
-        default="each", metadata={"help": "User tokens: each (one a user), hashed (to --user-buckets), or none."}
+        default="each",
+        metadata={"help": "User tokens: each (one a user), hashed (to --user-buckets), or none."},
     )
     user_buckets: int = field(default=0, metadata={"help": "Buckets of --users hashed."})
 
@@ -74,27 +83,36 @@ class ModelArguments:
 
     backbone: str = field(
         default="google/flan-t5-small",
-        metadata={"help": "Checkpoint folder or Hub name of the T5 family or BART; with random weights also t5-micro, …"},
+        metadata={
+            "help": "Checkpoint folder or Hub name of the T5 family or BART; with random weights also t5-micro, …"
+        },
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     backbone_init: str = field(default="pretrained", metadata={"help": "pretrained, or random: fresh weights."})
     dropout: float | None = field(default=None, metadata={"help": "Replaces the backbone's dropout probability."})
-    tuning: str = field(default="lora", metadata={"help": "lora, or full (a backbone trained from nothing needs full)."})
+    tuning: str = field(
+        default="lora", metadata={"help": "lora, or full (a backbone trained from nothing needs full)."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get adapters; by default the queries and values of all attention."}
+        default=None,
+        metadata={"help": "Modules that get adapters; by default the queries and values of all attention."},
     )
     row_init: str = field(
         default="auto",
-        metadata={"help": "First item rows: cooccurrence, text, random; auto takes cooccurrence unless most items are cold."},
+        metadata={
+            "help": "First item rows: cooccurrence, text, random; auto takes cooccurrence unless most items are cold."
+        },
     )
     tie_item_rows: bool = field(
-        default=True, metadata={"help": "Score with the input rows (and a learned scale): half the rows, faster learning."}
+        default=True,
+        metadata={"help": "Score with the input rows (and a learned scale): half the rows, faster learning."},
     )
     decoder_prompt: str = field(
-        default="last-item", metadata={"help": "last-item: mask token and last item; mask: the mask token alone."}
+        default="last-item",
+        metadata={"help": "last-item: mask token and last item; mask: the mask token alone."},
     )
 
     def __post_init__(self) -> None:
@@ -118,35 +136,56 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
 
     output_dir: str = field(default="runs/run", metadata={"help": "The run directory: checkpoints, logs, artifacts."})
     global_batch_size: int = field(
-        default=256, metadata={"help": "Examples a step over all processes and accumulation steps; shared out by length."}
+        default=256,
+        metadata={"help": "Examples a step over all processes and accumulation steps; shared out by length."},
     )
     rows_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the id rows; by default that of the rest (--learning-rate)."}
+        default=None,
+        metadata={"help": "Learning rate of the id rows; by default that of the rest (--learning-rate)."},
     )
     rows_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the id rows."})
     masks_per_sequence: int = field(default=1, metadata={"help": "Pretraining: items hidden in one history."})
     last_item_probability: float = field(
-        default=0.0, metadata={"help": "Pretraining: how often the last item of the history is hidden by choice."}
+        default=0.0,
+        metadata={"help": "Pretraining: how often the last item of the history is hidden by choice."},
     )
-    targets: str = field(default="all", metadata={"help": "Finetuning: all prefixes of the training part, or last: one a user."})
+    targets: str = field(
+        default="all",
+        metadata={"help": "Finetuning: all prefixes of the training part, or last: one a user."},
+    )
     user_dropout: float = field(
-        default=0.1, metadata={"help": "How often <user_unknown> stands in for a user, so that new users are served."}
+        default=0.1,
+        metadata={"help": "How often <user_unknown> stands in for a user, so that new users are served."},
     )
-    validation_users: int = field(default=0, metadata={"help": "Users ranked while training, a fixed sample; 0 ranks all."})
+    validation_users: int = field(
+        default=0, metadata={"help": "Users ranked while training, a fixed sample; 0 ranks all."}
+    )
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many validations without a better NDCG@10; 0 never stops early."}
+        default=0,
+        metadata={"help": "Stop after so many validations without a better NDCG@10; 0 never stops early."},
     )
     from_run: str | None = field(
-        default=None, metadata={"help": "Finetuning: run directory of the pretraining whose adapters and rows go on."}
+        default=None,
+        metadata={"help": "Finetuning: run directory of the pretraining whose adapters and rows go on."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the adapters (or the backbone)."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of the adapters (or the backbone)."}
+    )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rates fall after warm-up."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps, of warm-up."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps, or below 1 the share of all steps, of warm-up."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to rank the validation users."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the best and the last are among them."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best checkpoint, not the last."})
-    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What the best checkpoint is best in."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept; the best and the last are among them."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Finish with the best checkpoint, not the last."}
+    )
+    metric_for_best_model: str | None = field(
+        default="ndcg@10", metadata={"help": "What the best checkpoint is best in."}
+    )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between lines of the log."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users ranked at once on a device."})
@@ -183,12 +222,16 @@ class MergeArguments:
     """What `recipes/merge.py` reads and writes."""
 
     run: str = field(metadata={"help": "Run directory of a finetuning (or pretraining)."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where the merged model goes; by default <run>/merged."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the merged model goes; by default <run>/merged."}
+    )
     backbone: str | None = field(
         default=None, metadata={"help": "The base checkpoint, when it is no longer where the adapter says."}
     )
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16: of the merged weights."})
-    without_users: bool = field(default=False, metadata={"help": "Leave the user rows out; all users are <user_unknown>."})
+    without_users: bool = field(
+        default=False, metadata={"help": "Leave the user rows out; all users are <user_unknown>."}
+    )
 
     def __post_init__(self) -> None:
         _raise(_one_of("dtype", self.dtype, DTYPES))
@@ -198,13 +241,14 @@ class MergeArguments:
 class EvaluateArguments:
     """What `recipes/evaluate.py` ranks and compares."""
 
-    model: str = field(metadata={"help": "Merged directory."})
+    run: str = field(metadata={"help": "Run directory whose merged/ model is evaluated, on that run's data."})
     split: str = field(default="validation", metadata={"help": "validation or test; each opening of test is recorded."})
     keep_seen: bool = field(default=False, metadata={"help": "Let items of the history be recommended again."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where report and plot go; by default beside the model."})
+    data_dir: str | None = field(default=None, metadata={"help": "Where the data folder is now, when it has moved."})
     batch_size: int = field(default=256, metadata={"help": "Users ranked at once."})
     generate_users: int = field(
-        default=0, metadata={"help": "Users whose top 20 is also asked of `generate`, a fixed sample; 0 asks for all."}
+        default=0,
+        metadata={"help": "Users whose top 20 is also asked of `generate`, a fixed sample; 0 asks for all."},
     )
 
     def __post_init__(self) -> None:
@@ -248,7 +292,9 @@ def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[
         for flag in flags:
             name = flag.lstrip("-").split("=")[0].replace("-", "_")
             close = difflib.get_close_matches(name, known, n=1)
-            problems.append(f"{flag}: unknown flag" + (f": did you mean --{close[0].replace('_', '-')}?" if close else ""))
+            problems.append(
+                f"{flag}: unknown flag" + (f": did you mean --{close[0].replace('_', '-')}?" if close else "")
+            )
         raise ConfigError(problems)
     return tuple(parsed[: len(classes)])
 

@@ -1,36 +1,26 @@
-"""Interaction logs: read, validate, k-core, split. Every later step starts from an `Interactions`."""
+"""Interaction logs: validate, k-core, split. Every later step starts from an `Interactions`."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import logging
-import math
 import os
-import warnings
-import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from pandas.tseries.api import guess_datetime_format
 
-from genrec_llm.errors import DataError
+from genrec_llm.errors import DataError, counted, listed
+from genrec_llm.tables import TIME_COLUMN, none_for_missing, read_catalogue, read_log
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-TIME_COLUMN = "timestamp"
-_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
-_SHOWN = 3  # examples that one problem shows; the count is always given
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +52,12 @@ class Interactions:
         items = self.catalogue["item"]
         repeated = items[items.duplicated()]
         if len(repeated):
-            problems.append(f"{_count(len(repeated), 'repeated item')} in the catalogue: {_some(repeated)}")
+            problems.append(
+                f"{counted(len(repeated), 'repeated item')} in the catalogue: {listed(map(repr, repeated))}"
+            )
         unknown = pd.Index(self.frame["item"].unique()).difference(items)
         if len(unknown):
-            problems.append(f"{_count(len(unknown), 'item')} not in the catalogue: {_some(unknown)}")
+            problems.append(f"{counted(len(unknown), 'item')} not in the catalogue: {listed(map(repr, unknown))}")
         if self.frame[["user", "item"]].isna().any(axis=None):
             problems.append("rows without a user or an item")
         if (np.diff(self._user_codes) < 0).any():
@@ -90,7 +82,10 @@ class Interactions:
         extra = items[~items["item"].isin(catalogue["item"])]
         if len(extra):
             logger.warning(
-                "%s: %s not in the item file: %s", name, _count(len(extra), "item"), _some(extra["item"])
+                "%s: %s not in the item file: %s",
+                name,
+                counted(len(extra), "item"),
+                listed(map(repr, extra["item"])),
             )
             catalogue = pd.concat([catalogue, extra], ignore_index=True)
         return cls(name, frame, none_for_missing(catalogue))
@@ -108,6 +103,12 @@ class Interactions:
     def offsets(self) -> np.ndarray:
         """int64 [users + 1]: the rows of user number u in `frame` are `offsets[u]:offsets[u + 1]`."""
         return np.concatenate([[0], np.cumsum(np.bincount(self._user_codes))])
+
+    @property
+    def from_end(self) -> np.ndarray:
+        """int64 [interactions]: 1 at a user's last interaction, 2 at the one before it, and so on."""
+        offsets = self.offsets
+        return np.repeat(offsets[1:], np.diff(offsets)) - np.arange(len(self.frame))
 
     def sequences(self) -> dict[str, list[str]]:
         """Each user's items, oldest first."""
@@ -170,15 +171,7 @@ def read_interactions(
     problems: list[str] = []
     catalogue = None
     try:
-        if _format(path) == ".txt":
-            log = _read_sequence_lines(path)
-        else:
-            log = _read_log(path, user_column, item_column, time_column, drop_duplicates)
-        if drop_duplicates and "timestamp" not in log:
-            problems.append(
-                f"{path}: --drop-duplicates needs times, for without them a duplicate cannot be told from "
-                "an item taken again; leave it out"
-            )
+        log = read_log(path, user_column, item_column, time_column, drop_duplicates=drop_duplicates)
     except DataError as error:
         problems += error.problems
     try:
@@ -189,45 +182,6 @@ def read_interactions(
     if problems:
         raise DataError(problems)
     return Interactions.from_log(name or Path(path.name.removesuffix(".gz")).stem, log, catalogue)
-
-
-def read_catalogue(
-    path: str | os.PathLike[str], *, item_column: str = "item", title_column: str = "title"
-) -> pd.DataFrame:
-    """Read an item file: columns `item` (str, unique) and, if known, `title`, `categories` (str or None).
-
-    Args:
-        item_column: the column of ids; `item` serves as well where the file has no such column.
-
-    Raises:
-        DataError: every problem of the file, with its place and mend.
-    """
-    path = Path(path)
-    table, names, problems = _read_table(
-        path, [item_column, "item", title_column, "categories", "attributes"]
-    )
-    if item_column not in names and "item" in names:
-        item_column = "item"
-    if not len(table):
-        problems.append(f"{path}: no items in the file")
-    if item_column not in names:
-        problems.append(_missing_column(path, item_column, names, "--item-column"))
-        raise DataError(problems)
-    ids, bad = _ids(path, item_column, table[item_column])
-    problems += bad
-    repeated = ids[ids.duplicated() & ids.notna()]
-    if len(repeated):
-        count = _count(len(repeated), "repeated item")
-        problems.append(f"{path}: {count} ({_places(repeated)}); keep one row an item")
-    if problems:
-        raise DataError(problems)
-    catalogue = pd.DataFrame({"item": ids.to_list()})
-    if title_column in names:
-        catalogue["title"] = pd.Series([_text(value) for value in table[title_column]], dtype=object)
-    for column in ("categories", "attributes"):
-        if column in names and "categories" not in catalogue:
-            catalogue["categories"] = pd.Series([_text(value) for value in table[column]], dtype=object)
-    return catalogue
 
 
 def leave_last_two_out(interactions: Interactions) -> datasets.DatasetDict:
@@ -256,12 +210,12 @@ def leave_last_two_out(interactions: Interactions) -> datasets.DatasetDict:
     short = [f"{users[row]!r} has {lengths[row]}" for row in np.flatnonzero(lengths < 3)]
     if short:
         raise DataError(
-            f"{interactions.name}: {_count(len(short), 'user')} with fewer than 3 interactions "
-            f"({_listed(short)}); train, validation and test need one each. "
+            f"{interactions.name}: {counted(len(short), 'user')} with fewer than 3 interactions "
+            f"({listed(short)}); train, validation and test need one each. "
             "Drop such users with --k-core 3 (or more)."
         )
     items = pa.array(interactions.frame["item"].to_numpy(dtype=object), type=pa.string())
-    from_end = np.repeat(offsets[1:], lengths) - np.arange(len(items))  # 1 at a user's last interaction
+    from_end = interactions.from_end
     user = pa.array(users, type=pa.string())
 
     def without_last(count: int) -> pa.ListArray:
@@ -282,255 +236,3 @@ def leave_last_two_out(interactions: Interactions) -> datasets.DatasetDict:
         in_memory = datasets.table.InMemoryTable(pa.table(table))
         splits[split] = datasets.Dataset(in_memory, split=datasets.NamedSplit(split))
     return splits
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content, uncompressed if its name ends in `.gz`.
-
-    Raises:
-        DataError: the file is absent, unreadable or cut short.
-    """
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.name.lower().endswith(".gz") else content
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        mend = "it has to be a whole file, gzipped if its name ends in .gz"
-        raise DataError(f"{path}: cannot be read ({error}); {mend}") from error
-
-
-def none_for_missing(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table with None, never NaN, where an item has no text."""
-    table = table.copy()
-    for column in table.columns.difference(["item", "index"]):
-        text = table[column].astype(object)
-        table[column] = text.where(text.notna(), None)
-    return table
-
-
-def _format(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _read_text(path: Path) -> str:
-    content = read_bytes(path)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from error
-
-
-def _read_sequence_lines(path: Path) -> pd.DataFrame:
-    users, lengths, items, problems = [], [], [], []
-    alone: dict[int, str] = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        fields = line.split()
-        if len(fields) == 1:
-            alone[number] = fields[0]
-        elif fields:
-            users.append(fields[0])
-            lengths.append(len(fields) - 1)
-            items += fields[1:]
-    if alone:
-        count, places = _count(len(alone), "line"), _places(pd.Series(alone).rename_axis("line"))
-        mend = "a line is `user item item ...`, separated by white space"
-        problems.append(f"{path}: {count} with a user and no item ({places}); {mend}")
-    if not items:
-        problems.append(f"{path}: no interactions in the file")
-    if problems:
-        raise DataError(problems)
-    rows = {"user": np.repeat(np.array(users, dtype=object), lengths), "item": items}
-    return pd.DataFrame(rows).astype("str")
-
-
-def _read_log(
-    path: Path, user_column: str, item_column: str, time_column: str | None, drop_duplicates: bool
-) -> pd.DataFrame:
-    wanted = [user_column, item_column] + ([time_column] if time_column else [])
-    table, names, problems = _read_table(path, wanted)
-    if not len(table):
-        problems.append(f"{path}: no interactions in the file")
-    log = pd.DataFrame(index=table.index)
-    for column, target in ((user_column, "user"), (item_column, "item")):
-        if column in names:
-            log[target], bad = _ids(path, column, table[column])
-            problems += bad
-        else:
-            problems.append(_missing_column(path, column, names, f"--{target}-column"))
-    if time_column in names:
-        log["timestamp"] = _seconds(table[time_column])
-        bad_times = table[time_column][log["timestamp"].isna()]
-        if len(bad_times):
-            problems.append(
-                f"{path}: column {time_column!r}: {_count(len(bad_times), 'value')} cannot be read as a time "
-                f"({_places(bad_times)}); write seconds, or dates such as 2024-01-31T18:00:00 throughout"
-            )
-    elif time_column not in (None, TIME_COLUMN):
-        problems.append(_missing_column(path, time_column, names, "--time-column"))
-    else:
-        logger.info("%s: no times, so the order of rows is taken as the order in time", path)
-    if {"user", "item", "timestamp"} <= set(log):
-        repeated = log[log.duplicated() & log.notna().all(axis=1)]
-        if len(repeated) and drop_duplicates:
-            logger.info("%s: %s dropped", path, _count(len(repeated), "repeated row"))
-            log = log.drop(repeated.index)
-        elif len(repeated):
-            examples = "user " + repeated["user"].map(repr) + " item " + repeated["item"].map(repr)
-            problems.append(
-                f"{path}: {_count(len(repeated), 'row')} equal to an earlier one in user, item and time "
-                f"({_places(examples, str)}); keep the first of each with --drop-duplicates"
-            )
-    if problems:
-        raise DataError(problems)
-    return log.astype({"user": "str", "item": "str"})
-
-
-def _read_table(path: Path, wanted: list[str]) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """The wanted columns that the file has, all its column names, and problems of single lines.
-
-    The index holds places in the file, counted from 1, and is named for what it counts: `line` or `row`.
-    """
-    kind = _format(path)
-    if kind == ".parquet":
-        return _read_parquet(path, wanted)
-    if kind == ".jsonl":
-        return _read_jsonl(path, wanted)
-    if kind in (".csv", ".tsv"):
-        return _read_csv(path, wanted, "," if kind == ".csv" else "\t")
-    raise DataError(f"{path}: unknown kind of file; a name ends in {', '.join(_KINDS)}, plain or with .gz")
-
-
-def _read_csv(path: Path, wanted: list[str], separator: str) -> tuple[pd.DataFrame, list[str], list[str]]:
-    text = _read_text(path)
-    if not text.strip():
-        return pd.DataFrame(index=pd.RangeIndex(0, name="line")), [], []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose fields
-            options = {"keep_default_na": False, "skip_blank_lines": False, "index_col": False}
-            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, **options)
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        detail = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        mend = "a line has as many fields as the header, and fields with commas or quotes are quoted"
-        raise DataError(f"{path}: cannot be read as a table: {detail}; {mend}") from error
-    table.index = pd.RangeIndex(2, len(table) + 2, name="line")
-    blank = (table == "").all(axis=1)
-    return table.loc[~blank, [column for column in table if column in wanted]], list(table), []
-
-
-def _read_jsonl(path: Path, wanted: list[str]) -> tuple[pd.DataFrame, list[str], list[str]]:
-    names: dict[str, None] = {}
-    cells: dict[str, list[Any]] = {column: [] for column in wanted}  # `wanted` may name a column twice
-    lines: list[int] = []
-    broken: dict[int, str] = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            broken[number] = line[:40]
-            continue
-        names.update(dict.fromkeys(record))
-        lines.append(number)
-        for column, values in cells.items():
-            values.append(record.get(column))
-    problems = []
-    if broken:
-        count, places = _count(len(broken), "line"), _places(pd.Series(broken).rename_axis("line"))
-        problems.append(f"{path}: {count} without a whole json object ({places}); write one a line")
-    columns = {column: pd.Series(values, dtype=object) for column, values in cells.items() if column in names}
-    table = pd.DataFrame(columns, index=pd.RangeIndex(len(lines)))
-    return table.set_index(pd.Index(lines, name="line", dtype="int64")), list(names), problems
-
-
-def _read_parquet(path: Path, wanted: list[str]) -> tuple[pd.DataFrame, list[str], list[str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
-        names = file.schema_arrow.names
-        table = file.read([column for column in names if column in wanted]).to_pandas(ignore_metadata=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({error}); it may have been cut short") from error
-    table.index = pd.RangeIndex(1, len(table) + 1, name="row")
-    return table, names, []
-
-
-def _ids(path: Path, column: str, values: pd.Series) -> tuple[pd.Series, list[str]]:
-    """Ids as text (None where there is none) and the problems among them."""
-    text = [_id(value) for value in values.tolist()]
-    if text and all(value is None or (value.endswith(".0") and value[:-2].isdigit()) for value in text):
-        text = [value and value[:-2] for value in text]  # whole numbers that went through a float column
-    ids = pd.Series(text, index=values.index, dtype=object)
-    bad = values[ids.isna()]
-    if not len(bad):
-        return ids, []
-    count = _count(len(bad), "value")
-    return ids, [f"{path}: column {column!r}: {count} empty, or neither text nor number ({_places(bad)})"]
-
-
-def _id(value: Any) -> str | None:
-    if isinstance(value, str):
-        whole = (
-            value == value.encode(errors="ignore").decode()
-        )  # json can hold half a surrogate pair: no text
-        return value if whole and value.strip() else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return str(int(value)) if value == int(value) else str(value)
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return ", ".join(str(part) for part in value) or None
-    return None if pd.isna(value) or not str(value).strip() else str(value)
-
-
-def _seconds(values: pd.Series) -> pd.Series:
-    """Times as float64 seconds since 1970, NaN where a value is none; one reading for the whole column."""
-    if pd.api.types.is_datetime64_any_dtype(values):
-        return _since_1970(pd.to_datetime(values, utc=True))
-    text = pd.Series([str(value) for value in values.tolist()], index=values.index, dtype=object)
-    numbers = pd.to_numeric(text, errors="coerce").astype("float64")
-    readings = [numbers.where(np.isfinite(numbers))]
-    if readings[0].isna().any():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a day-first guess: the count below settles it
-            guesses = {guess_datetime_format(value) for value in text.head(100)} - {None}
-        dates = text.where(text.str.contains(r"\d"), "")  # pandas reads "now" and "today" as times
-        for form in ("ISO8601", *sorted(guesses)):
-            readings.append(_since_1970(pd.to_datetime(dates, format=form, utc=True, errors="coerce")))
-    return max(readings, key=lambda reading: reading.notna().sum())
-
-
-def _since_1970(times: pd.Series) -> pd.Series:
-    return (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
-
-
-def _missing_column(path: Path, column: str, names: list[str], option: str) -> str:
-    has = f"the columns are {', '.join(map(repr, names))}" if names else "there is no header"
-    return f"{path}: no column {column!r}; {has}. Name the right one with {option}."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _some(values: Iterable[Any]) -> str:
-    return _listed([repr(value) for value in values])
-
-
-def _places(values: pd.Series, show: Callable[[Any], str] = repr) -> str:
-    """`line 3: 'x', line 9: 'y', ...` for a series whose index holds places."""
-    place = values.index.name
-    return _listed([f"{place} {number}: {show(value)}" for number, value in values.head(_SHOWN + 1).items()])
-
-
-def _listed(examples: list[str]) -> str:
-    return ", ".join([*examples[:_SHOWN], *(["..."] if len(examples) > _SHOWN else [])])

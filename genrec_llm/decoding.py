@@ -29,12 +29,13 @@ def mask_seen(scores: Tensor, histories: Sequence[npt.NDArray[np.int64]]) -> Ten
 def rank_targets(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """How many items score above each target, and how many others score the same, int64 `[batch]` each.
 
-    A target at -inf was masked as seen and can never be hit: every item counts as better.
+    A target at -inf was masked as seen and can never be hit: every item counts as better. NaN, which no comparison
+    orders, counts against the model in the same way.
     """
     of_target = scores.gather(1, targets[:, None])
-    better = (scores > of_target).sum(dim=1)
+    better = (~(scores <= of_target)).sum(dim=1)
     tied = (scores == of_target).sum(dim=1) - 1
-    unhittable = torch.isneginf(of_target[:, 0])
+    unhittable = ~(of_target[:, 0] > -torch.inf)
     return better.masked_fill(unhittable, scores.shape[1]), tied.masked_fill(unhittable, 0)
 
 
@@ -44,6 +45,7 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Where fewer than `k` items are eligible (above -inf), the rest of the row is `NOTHING` at -inf.
     """
     kept = min(k, scores.shape[1])
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # sort would put NaN first
     values, items = torch.sort(scores, dim=1, descending=True, stable=True)
     values, items = values[:, :kept], items[:, :kept].masked_fill(torch.isneginf(values[:, :kept]), NOTHING)
     return F.pad(items, (0, k - kept), value=NOTHING), F.pad(values, (0, k - kept), value=-torch.inf)

@@ -1,13 +1,15 @@
-"""Errors for the person who made the mistake: what is wrong, where, and how to mend it, all problems at once."""
+"""Errors for the person who made the mistake: what is wrong, where, and how to mend it, all at once."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 EXIT_CODE = 2
+_SHOWN = 3  # examples that one problem shows; the count is always given
 
 
 class GenRecError(Exception):
@@ -52,3 +54,14 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(EXIT_CODE)
 
     return wrapped
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(examples: Iterable[str]) -> str:
+    """The first examples of a problem, with dots where there are more: `'x', 'y', 'z', ...`."""
+    first = list(itertools.islice(examples, _SHOWN + 1))
+    return ", ".join([*first[:_SHOWN], *(["..."] if len(first) > _SHOWN else [])])

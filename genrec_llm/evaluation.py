@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from genrec_llm.metrics import (
     bootstrap_intervals,
     coverage,
     hit_rate,
+    list_ranks,
     ndcg,
     novelty,
     paired_difference,
@@ -109,9 +111,7 @@ def rank_recommender(
         ValueError: the recommender's scores are not [users, items], or hold NaN.
     """
     better, tied, top = [], [], []
-    for start in tqdm(
-        range(0, len(data.targets), batch_size), desc=recommender.name, unit="batch", disable=None
-    ):
+    for start in tqdm(range(0, len(data.targets), batch_size), desc=recommender.name, unit="batch", disable=None):
         batch = slice(start, start + batch_size)
         scores = torch.from_numpy(recommender.scores(data.histories[batch], data.users[batch]))
         targets = torch.from_numpy(data.targets[batch])
@@ -126,9 +126,7 @@ def rank_recommender(
         better.append(batch_better.numpy())
         tied.append(batch_tied.numpy())
         top.append(top_items(scores, k)[0].numpy())
-    return RankedUsers(
-        Ranks(np.concatenate(better), np.concatenate(tied), data.num_items), np.concatenate(top)
-    )
+    return RankedUsers(Ranks(np.concatenate(better), np.concatenate(tied), data.num_items), np.concatenate(top))
 
 
 @dataclass(frozen=True)
@@ -231,9 +229,7 @@ class EvalReport:
         return cls(report["name"], protocol, metrics, user_rows, Ranks(better, tied, protocol.candidates))
 
 
-def build_report(
-    name: str, ranked: RankedUsers, data: EvalData, *, exclude_seen: bool, seed: int = 0
-) -> EvalReport:
+def build_report(name: str, ranked: RankedUsers, data: EvalData, *, exclude_seen: bool, seed: int = 0) -> EvalReport:
     """Metrics and intervals of a ranked split.
 
     Args:
@@ -269,9 +265,7 @@ def _check_comparable(reports: Sequence[EvalReport]) -> None:
         if not differing and not np.array_equal(first.user_rows, other.user_rows):
             problems.append(f"{names}: their users differ or come in another order")
     if problems:
-        raise ConfigError(
-            [f"{problem}. Evaluate both on the same split and protocol." for problem in problems]
-        )
+        raise ConfigError([f"{problem}. Evaluate both on the same split and protocol." for problem in problems])
 
 
 def markdown(reports: Sequence[EvalReport]) -> str:
@@ -304,9 +298,7 @@ def plot(reports: Sequence[EvalReport], path: str | os.PathLike[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(max(7.0, 1.5 + 0.36 * len(HEADLINE) * (len(reports) + 1)), 4.2), layout="constrained"
-    )
+    figure = Figure(figsize=(max(7.0, 1.5 + 0.36 * len(HEADLINE) * (len(reports) + 1)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(reports)
@@ -317,14 +309,10 @@ def plot(reports: Sequence[EvalReport], path: str | os.PathLike[str]) -> None:
         above = [interval.high for interval in intervals] - means
         centres = np.arange(len(HEADLINE)) + (position - (len(reports) - 1) / 2) * width
         axes.bar(centres, means, width * 0.9, label=report.name, color=f"C{position}")
-        axes.errorbar(
-            centres, means, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=1, capsize=2
-        )
+        axes.errorbar(centres, means, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
         for centre, interval in zip(centres, intervals, strict=True):
             text = f"{interval.mean:.3f}".removeprefix("0")
-            axes.annotate(
-                text, (centre, interval.high), (0, 2), textcoords="offset points", ha="center", fontsize=7
-            )
+            axes.annotate(text, (centre, interval.high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xticks(range(len(HEADLINE)), HEADLINE)
     axes.set_ylabel("mean over users, 95 % interval")
     axes.set_title(str(reports[0].protocol), fontsize=9)
@@ -334,3 +322,99 @@ def plot(reports: Sequence[EvalReport], path: str | os.PathLike[str]) -> None:
     axes.legend(frameon=False, ncols=min(len(reports), 4), loc="upper left", bbox_to_anchor=(0, -0.08))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+@dataclass(frozen=True)
+class GeneratedLists:
+    """What `generate` returned for a sample of users, beside the one-step lists of the same users.
+
+    Attributes:
+        agreement: share of users whose two lists are the same, items with equal scores in any order.
+        users: how many were asked.
+        hit_rate, ndcg: HR@10 and NDCG@10 of the generated lists.
+    """
+
+    agreement: float
+    users: int
+    hit_rate: float
+    ndcg: float
+
+    @classmethod
+    def compare(
+        cls,
+        generated: NDArray[np.int64],
+        one_step: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        targets: NDArray[np.int64],
+    ) -> GeneratedLists:
+        """Compare lists [users, k]; `scores` [users, k] are the one-step scores of the *generated* items, best first.
+
+        A generated list is the same if it has the same items and their one-step scores never rise by more than rounding.
+        """
+        same_items = (np.sort(generated, axis=1) == np.sort(one_step, axis=1)).all(axis=1)
+        falling = (np.diff(scores, axis=1) <= 1e-4 * np.maximum(1.0, np.abs(scores[:, 1:]))).all(axis=1)
+        ranks = list_ranks(generated.tolist(), targets.tolist(), k=LIST_CUTOFF)
+        return cls(
+            agreement=float((same_items & falling).mean()),
+            users=len(targets),
+            hit_rate=float(hit_rate(ranks, LIST_CUTOFF).mean()),
+            ndcg=float(ndcg(ranks, LIST_CUTOFF).mean()),
+        )
+
+
+def record_opening(path: str | os.PathLike[str], facts: dict[str, Any]) -> int:
+    """Note in a json-lines file that the test split is opened now; how many times it has been opened."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+    with open(path, encoding="utf-8") as file:
+        return sum(1 for _ in file)
+
+
+def write_summary(
+    directory: str | os.PathLike[str],
+    ours: EvalReport,
+    rivals: Sequence[EvalReport],
+    generated: GeneratedLists,
+    facts: dict[str, Any],
+) -> str:
+    """Write `report.json`, `report.md`, `metrics.png` and one folder of ranks a recommender; returns the text of report.md.
+
+    Args:
+        facts: what made the numbers: command, commit, hardware, versions.
+
+    Raises:
+        ConfigError: the reports were not made under the same protocol.
+        ExportError: the directory cannot be written.
+    """
+    folder = Path(directory)
+    differences = {rival.name: ours.compare(rival) for rival in rivals}
+    lines = [
+        markdown([ours, *rivals]),
+        *(
+            f"{ours.name} - {name}: " + ", ".join(f"{metric} {difference}" for metric, difference in both.items())
+            for name, both in differences.items()
+        ),
+        "",
+        f"`generate` (beam search over items) for {generated.users:,} users: the one-step list in "
+        f"{generated.agreement:.2%}; HR@10 {generated.hit_rate:.4f}, NDCG@10 {generated.ndcg:.4f} of its lists.",
+        "",
+    ]
+    text = "\n".join(lines)
+    for report in (ours, *rivals):
+        report.save(folder / report.name.replace(" ", "_"))
+    plot([ours, *rivals], folder / "metrics.png")
+    with atomic_file(folder / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_json(
+        folder / "report.json",
+        {
+            **facts,
+            "reports": [report.to_json() for report in (ours, *rivals)],
+            "differences": {
+                name: {metric: asdict(d) for metric, d in both.items()} for name, both in differences.items()
+            },
+            "generate": asdict(generated),
+        },
+    )
+    return text

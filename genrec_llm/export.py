@@ -35,7 +35,15 @@ from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
 from genrec_llm.errors import ConfigError, ExportError
 from genrec_llm.files import atomic_directory, read_json, write_json
-from genrec_llm.model import FAMILIES, GenRecBackbone, IdTokens, add_lora, id_tokens_of, load_backbone, unwrapped
+from genrec_llm.model import (
+    FAMILIES,
+    GenRecBackbone,
+    IdTokens,
+    add_lora,
+    id_tokens_of,
+    load_backbone,
+    unwrapped,
+)
 from genrec_llm.rows import embed_scale, head_scale
 from genrec_llm.tasks import PromptLayout
 from genrec_llm.vocab import IdVocab
@@ -85,7 +93,9 @@ def export_trained(
     rest = {name: value for name, value in state.items() if "id_tokens." not in name}
     bad = [name for name, value in state.items() if not value.numel() or not torch.isfinite(value).all()]
     if bad:
-        raise ExportError(f"{checkpoint}: empty or not finite: {', '.join(bad)}; train again with a lower learning rate")
+        raise ExportError(
+            f"{checkpoint}: empty or not finite: {', '.join(bad)}; train again with a lower learning rate"
+        )
     item_in = trained_rows["item_in.weight"].float()
     scale = trained_rows["item_out.scale"].float() if rows.tied else None
     tensors = {
@@ -115,7 +125,13 @@ def _write_common(
 ) -> None:
     tokenizer.save_pretrained(folder)
     vocab.without_users().save_items(folder / "items.parquet")
-    content = {"format_version": FORMAT_VERSION, **info, "kind": kind, "prompt": layout.to_dict(), "versions": versions()}
+    content = {
+        "format_version": FORMAT_VERSION,
+        **info,
+        "kind": kind,
+        "prompt": layout.to_dict(),
+        "versions": versions(),
+    }
     write_json(folder / INFO_FILE, content)
     (folder / "README.md").write_text(_card(kind, content, layout), encoding="utf-8")
 
@@ -168,7 +184,9 @@ def read_info(folder: Path, *kinds: str) -> dict[str, Any]:
         ConfigError: not a directory of one of `kinds`, or of another format version.
     """
     if not (folder / INFO_FILE).is_file():
-        raise ConfigError(f"{folder}: no {INFO_FILE}: not a directory that genrec_llm exported; expected one of {kinds}")
+        raise ConfigError(
+            f"{folder}: no {INFO_FILE}: not a directory that genrec_llm exported; expected one of {kinds}"
+        )
     info = read_json(folder / INFO_FILE)
     if info["format_version"] != FORMAT_VERSION:
         raise ConfigError(f"{folder}: format version {info['format_version']}, this genrec_llm reads {FORMAT_VERSION}")
@@ -194,7 +212,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not readable ({error}): the file is missing or was cut short; copy it again") from error
+        raise ConfigError(
+            f"{path}: not readable ({error}): the file is missing or was cut short; copy it again"
+        ) from error
 
 
 def restore(model: nn.Module, folder: Path) -> None:
@@ -219,7 +239,9 @@ def restore(model: nn.Module, folder: Path) -> None:
             if getattr(theirs, key) != getattr(ours, key):
                 problems.append(f"{folder}: {key} was {getattr(theirs, key)}, this run's is {getattr(ours, key)}")
         if set(theirs.target_modules) != set(ours.target_modules):
-            problems.append(f"{folder}: adapters were on {sorted(theirs.target_modules)}, here {sorted(ours.target_modules)}")
+            problems.append(
+                f"{folder}: adapters were on {sorted(theirs.target_modules)}, here {sorted(ours.target_modules)}"
+            )
     if problems:
         raise ConfigError(problems)
     with torch.no_grad():
@@ -278,7 +300,9 @@ def load_trained(folder: Path, *, backbone: str | None = None, dtype: torch.dtyp
         if model.config.model_type != info["base_model"]["type"]:
             problems.append(f"it is of type {model.config.model_type}, the adapter of {info['base_model']['type']}")
         if problems:
-            raise ConfigError([f"{folder}: backbone {base_name!r} is not the one it was trained on: {p}" for p in problems])
+            raise ConfigError(
+                [f"{folder}: backbone {base_name!r} is not the one it was trained on: {p}" for p in problems]
+            )
     else:
         config = AutoConfig.from_pretrained(folder)
         model = FAMILIES[config.model_type][0](config).to(dtype)
@@ -322,7 +346,13 @@ def merged_state(model: GenRecBackbone, layout: PromptLayout) -> dict[str, Tenso
     base_out = model.get_output_embeddings().weight[: layout.base]
     scale = embed_scale(model)
     embedding = torch.cat([base_in, (rows.item_in.weight / scale).to(dtype), (rows.user_in.weight / scale).to(dtype)])
-    head = torch.cat([base_out * head_scale(model), rows.item_out.rows().to(dtype), torch.zeros_like(rows.user_in.weight, dtype=dtype)])
+    head = torch.cat(
+        [
+            base_out * head_scale(model),
+            rows.item_out.rows().to(dtype),
+            torch.zeros_like(rows.user_in.weight, dtype=dtype),
+        ]
+    )
     state = {
         name: value
         for name, value in model.state_dict().items()
@@ -440,4 +470,9 @@ def compare(merged: Loaded, batch: dict[str, Tensor], expected: Tensor, n: int) 
     wanted, values = top_items(expected, n)
     reached = expected.gather(1, generated.clamp(min=0)).masked_fill(generated < 0, -math.inf)
     agreement = float(((generated == wanted) | ((reached - values).abs() <= 2 * difference)).float().mean())
-    return {"max_score_difference": difference, "top_n_agreement": agreement, "samples": len(expected), "n": n}
+    return {
+        "max_score_difference": difference,
+        "top_n_agreement": agreement,
+        "samples": len(expected),
+        "n": n,
+    }

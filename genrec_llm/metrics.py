@@ -159,6 +159,9 @@ class PairedDifference(Interval):
 
     p_value: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}] (p = {self.p_value:.2g})"
+
 
 def bootstrap_intervals(
     columns: Mapping[str, Floats], *, seed: int = 0, resamples: int = 2000, level: float = 0.95
@@ -189,9 +192,7 @@ def bootstrap_intervals(
     }
 
 
-def bootstrap_interval(
-    values: ArrayLike, *, seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
     """Mean of per-user values [users] with its bootstrap interval; see `bootstrap_intervals`.
 
     >>> bootstrap_interval([0.5, 0.5, 0.5])

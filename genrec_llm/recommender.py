@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n, mask_seen, one_step_scores, top_items
 from genrec_llm.errors import ConfigError
+from genrec_llm.evaluation import EvalData
 from genrec_llm.export import ADAPTER, MERGED, TRAINED, Loaded, load_merged, load_trained, read_info
 
 
@@ -44,7 +46,11 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
     ) -> Recommender:
         """Load an adapter directory (on its base checkpoint) or a merged directory.
 
@@ -83,21 +89,36 @@ class Recommender:
         with torch.no_grad():
             return self.loaded.model(**batch).logits
 
-    def scores(self, histories: Sequence[npt.NDArray[np.int64]], users: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def scores(
+        self, histories: Sequence[npt.NDArray[np.int64]], users: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         """As `score_tensor`, for the evaluator; user rows beyond those of the model count as unknown."""
         return self.score_tensor(histories, users).cpu().numpy()
 
-    def generate(
+    def generate_lists(
         self,
-        histories: Sequence[npt.NDArray[np.int64]],
-        users: npt.NDArray[np.int64],
-        n: int,
+        data: EvalData,
+        asked: npt.NDArray[np.int64],
         *,
-        exclude: Sequence[npt.NDArray[np.int64]] | None = None,
-    ) -> npt.NDArray[np.int64]:
-        """Top items by `generate`, `[batch, n]` item indices, -1 where fewer are eligible. Merged models only."""
-        items, _ = generate_top_n(self.loaded.model, self._batch(histories, users), self.layout, n, exclude)
-        return items.cpu().numpy()
+        k: int,
+        exclude_seen: bool,
+        batch_size: int = 256,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Top items of users `asked` by `generate`, and the one-step scores of those items; `[asked, k]` each.
+
+        Merged models only. -1 at -inf stands where fewer items are eligible.
+        """
+        lists, values = [], []
+        for start in tqdm(range(0, len(asked), batch_size), desc="generate", unit="batch", disable=None):
+            users = asked[start : start + batch_size]
+            histories = [data.histories[user] for user in users]
+            seen = [data.seen[user] for user in users] if exclude_seen else None
+            batch = self._batch(histories, data.users[users])
+            items, _ = generate_top_n(self.loaded.model, batch, self.layout, k, seen)
+            scores = one_step_scores(self.loaded.model, batch, self.layout).gather(1, items.clamp(min=0))
+            lists.append(items.cpu().numpy())
+            values.append(scores.masked_fill(items < 0, -torch.inf).cpu().numpy())
+        return np.concatenate(lists), np.concatenate(values)
 
     def _batch(self, histories: Sequence[npt.NDArray[np.int64]], users: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         known = np.where(users < self.layout.num_user_rows, users, 0)

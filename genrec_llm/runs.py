@@ -22,7 +22,15 @@ from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArgumen
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError
 from genrec_llm.evaluation import EvalData
-from genrec_llm.export import ADAPTER, TRAINED, export_trained, read_info, restore, trained_directory, versions
+from genrec_llm.export import (
+    ADAPTER,
+    TRAINED,
+    export_trained,
+    read_info,
+    restore,
+    trained_directory,
+    versions,
+)
 from genrec_llm.files import read_json, write_json
 from genrec_llm.model import GenRecBackbone, add_id_words, add_lora, load_backbone, prompt_layout
 from genrec_llm.rows import initial_rows
@@ -159,7 +167,9 @@ def git_commit() -> str | None:
     folder = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
@@ -170,6 +180,17 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def provenance() -> dict[str, Any]:
+    """What made a number: command, commit, versions, hardware, time (UTC)."""
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 class RunDirectory:
@@ -183,19 +204,25 @@ class RunDirectory:
     """
 
     def __init__(
-        self, stage: str, data: Data, data_args: DataArguments, model_args: ModelArguments, training: GenRecTrainingArguments
+        self,
+        stage: str,
+        data: Data,
+        data_args: DataArguments,
+        model_args: ModelArguments,
+        training: GenRecTrainingArguments,
     ) -> None:
         self.path, self.stage, self.data, self.model_args, self.training = (
             Path(training.output_dir), stage, data, model_args, training,
         )  # fmt: skip
         self.facts: dict[str, Any] = {
             "stage": stage,
-            "command": shlex.join(sys.argv),
+            **provenance(),
             "data": {"name": data.name, "fingerprint": data.fingerprint, "vocabulary": data.vocabulary},
-            "arguments": {"data": asdict(data_args), "model": asdict(model_args), "training": training.to_dict()},
-            "versions": versions(),
-            "commit": git_commit(),
-            "hardware": hardware(),
+            "arguments": {
+                "data": asdict(data_args),
+                "model": asdict(model_args),
+                "training": training.to_dict(),
+            },
         }
         self._refuse_another()
 
@@ -212,7 +239,15 @@ class RunDirectory:
                     f"{self.path}: was made from {there['data']['name']} ({key} {there['data'][key][:12]}), now the data is "
                     f"{self.data.name} ({key} {self.facts['data'][key][:12]})"
                 )
-        for key in ("backbone", "backbone_init", "tuning", "lora_r", "lora_alpha", "tie_item_rows", "decoder_prompt"):
+        for key in (
+            "backbone",
+            "backbone_init",
+            "tuning",
+            "lora_r",
+            "lora_alpha",
+            "tie_item_rows",
+            "decoder_prompt",
+        ):
             theirs, ours = there["arguments"]["model"][key], self.facts["arguments"]["model"][key]
             if theirs != ours:
                 problems.append(f"{self.path}: was made with {key} {theirs}, now it is {ours}")
@@ -268,9 +303,16 @@ class RunDirectory:
             )
             shutil.rmtree(self.path / "final")
             write_json(self.path / LOG_FILE, trainer.state.log_history)
-            finished = {"seconds": round(time.time() - start, 1), "steps": trainer.state.global_step, "best": best}
+            finished = {
+                "seconds": round(time.time() - start, 1),
+                "steps": trainer.state.global_step,
+                "best": best,
+            }
             write_json(self.path / RUN_FILE, {**self.facts, "finished": finished})
-            print(f"{self.stage}: best validation NDCG@10 {best}; {finished['steps']} steps; written to {out}", flush=True)
+            print(
+                f"{self.stage}: best validation NDCG@10 {best}; {finished['steps']} steps; written to {out}",
+                flush=True,
+            )
 
 
 def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None:
@@ -284,7 +326,9 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
     problems = []
     for key in ("fingerprint", "vocabulary"):
         if info["data"][key] != getattr(data, key):
-            problems.append(f"{folder}: was trained on {info['data']['name']} with another {key}; now the data is {data.name}")
+            problems.append(
+                f"{folder}: was trained on {info['data']['name']} with another {key}; now the data is {data.name}"
+            )
     theirs, ours = info["prompt"], built.layout.to_dict()
     problems += [
         f"{folder}: its prompt has {key} {theirs[key]}, this run's {ours[key]}"
@@ -292,7 +336,9 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
         if theirs[key] != ours[key]
     ]
     if problems:
-        raise ConfigError([f"{problem}: give the same data and prompt settings as in pretraining" for problem in problems])
+        raise ConfigError(
+            [f"{problem}: give the same data and prompt settings as in pretraining" for problem in problems]
+        )
     restore(built.model, folder)
     if training.process_index == 0:
         print(
@@ -301,3 +347,27 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
             f"(rows {training.rows_rate:g})",
             flush=True,
         )
+
+
+def load_run_data(run: Path, *, data_dir: str | None = None) -> Data:
+    """The data set of a run, read again from where it was.
+
+    Args:
+        data_dir: where its folder is now, when it has moved.
+
+    Raises:
+        ConfigError: not a run directory, or the files are no longer those that it was trained on.
+    """
+    if not (run / RUN_FILE).is_file():
+        raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning")
+    facts = read_json(run / RUN_FILE)
+    arguments = facts["arguments"]["data"] | ({"data_dir": data_dir} if data_dir else {})
+    data = load_data(DataArguments(**arguments))
+    problems = [
+        f"{run}: its data had {key} {facts['data'][key][:12]}, {arguments['dataset']} now has {getattr(data, key)[:12]}"
+        for key in ("fingerprint", "vocabulary")
+        if facts["data"][key] != getattr(data, key)
+    ]
+    if problems:
+        raise ConfigError([f"{problem}: bring the files back that it was trained on" for problem in problems])
+    return data

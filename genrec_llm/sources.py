@@ -24,9 +24,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from genrec_llm.data import TIME_COLUMN, Interactions, read_bytes, read_catalogue, read_interactions
+from genrec_llm.data import Interactions, read_interactions
 from genrec_llm.errors import DataError
 from genrec_llm.files import atomic_directory
+from genrec_llm.tables import TIME_COLUMN, read_bytes, read_catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,7 @@ def load_interactions(
         >>> load_interactions("movielens-100k", k_core=5)  # doctest: +SKIP
     """
     if dataset in SOURCES and items_path is not None:
-        raise DataError(
-            f"{dataset} comes with its own items; the item file {items_path} goes with a file of your own"
-        )
+        raise DataError(f"{dataset} comes with its own items; the item file {items_path} goes with a file of your own")
     if dataset == "movielens-100k":
         interactions = _movielens(data_dir)
     elif dataset in _BENCHMARKS:
@@ -229,18 +228,14 @@ def _fetch_recbole_wheel() -> bytes:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PIP_SECONDS)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            raise OSError(
-                done.stderr.strip().rpartition("\n")[2] or f"pip ended with status {done.returncode}"
-            )
+            raise OSError(done.stderr.strip().rpartition("\n")[2] or f"pip ended with status {done.returncode}")
         return wheels[0].read_bytes()
 
 
 def _parse_grouplens(files: dict[str, bytes]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tabs in u.data; u.item is Latin-1: `id|title (year)|date|video date|url|` and 19 genre flags."""
     rows = [line.split("|") for line in files["u.item"].decode("latin-1").split("\n") if line]
-    genres = [
-        ", ".join(genre for genre, flag in zip(_GENRES, row[5:], strict=True) if flag == "1") for row in rows
-    ]
+    genres = [", ".join(genre for genre, flag in zip(_GENRES, row[5:], strict=True) if flag == "1") for row in rows]
     titles = [row[1].strip() for row in rows]
     return _ratings(files["u.data"], header=None), _movies([row[0] for row in rows], titles, genres)
 

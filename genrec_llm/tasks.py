@@ -170,7 +170,10 @@ class PromptLayout:
             input_ids[row, start + lengths] = self.mask_ids[0]
         ends = start + lengths + int(append)
         input_ids[row, ends] = self.eos_id
-        encoded = {"input_ids": input_ids, "attention_mask": (np.arange(width) <= ends[:, None]).astype(np.int64)}
+        encoded = {
+            "input_ids": input_ids,
+            "attention_mask": (np.arange(width) <= ends[:, None]).astype(np.int64),
+        }
 
         # The left neighbour of a mask is the nearest visible item before it; without one, the user stands in.
         visible_upto = np.maximum.accumulate(np.where(inside & ~hidden, position, -1), axis=1)
@@ -257,7 +260,9 @@ class MaskedItem:
         self.user_dropout = user_dropout
         self.owners = np.flatnonzero(sequences.lengths() >= 2)
         if not len(self.owners):
-            raise ConfigError("dataset: no user has two items in the training part, so nothing can be masked: more data")
+            raise ConfigError(
+                "dataset: no user has two items in the training part, so nothing can be masked: more data"
+            )
         self.lengths = np.minimum(sequences.lengths()[self.owners], layout.max_history)
 
     def batch(self, epoch: int, examples: IntArray) -> Batch:

@@ -88,7 +88,8 @@ class GenRecTrainer(Seq2SeqTrainer):
             groups.setdefault(key, []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
-            [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()], **settings
+            [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()],
+            **settings,
         )
         return self.optimizer
 
@@ -117,7 +118,9 @@ class GenRecTrainer(Seq2SeqTrainer):
         model.eval()
         world, me = self.args.world_size, self.args.process_index
         order = np.argsort([len(history) for history in data.histories], kind="stable")
-        mine = np.resize(order[me::world], -(-len(order) // world))  # equally many on every process; repeats are dropped
+        mine = np.resize(
+            order[me::world], -(-len(order) // world)
+        )  # equally many on every process; repeats are dropped
         found = torch.empty(len(mine), 3, dtype=torch.long)
         for start in range(0, len(mine), self.args.per_device_eval_batch_size):
             users = mine[start : start + self.args.per_device_eval_batch_size]
@@ -141,14 +144,20 @@ class GenRecTrainer(Seq2SeqTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        empty = [name for name, value in (state_dict or {}).items() if not value.numel() and ".original_module" not in name]
+        empty = [
+            name for name, value in (state_dict or {}).items() if not value.numel() and ".original_module" not in name
+        ]
         if empty:
             raise ExportError(f"{folder}: these tensors were not gathered whole from all processes: {', '.join(empty)}")
         if isinstance(self.model, PeftModel):
             # "auto" would add the backbone's embedding tables for a base that came from a folder (PEFT 0.21).
             self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         else:
-            save_file(unshared(state_dict or self.model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+            save_file(
+                unshared(state_dict or self.model.state_dict()),
+                folder / "model.safetensors",
+                {"format": "pt"},
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint counts only with its manifest, which the first process writes when all others are done."""
@@ -185,7 +194,9 @@ def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_manifest(folder: Path) -> None:
     """Record size and hash of every file of a finished checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    names = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    names = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+    }
     write_json(folder / MANIFEST, {"files": names})
 
 

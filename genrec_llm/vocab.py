@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from genrec_llm.data import none_for_missing
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.files import atomic_file
+from genrec_llm.tables import none_for_missing
 
 ITEMS_FILE = "items.parquet"
 USERS_FILE = "users.parquet"
@@ -57,8 +57,7 @@ class IdVocab:
             raise ConfigError(f"user mode {self.user_mode!r}: choose each, hashed or none")
         if (self.user_mode == "hashed") != (self.user_buckets > 0):
             raise ConfigError(
-                f"user mode {self.user_mode!r} with {self.user_buckets} buckets: "
-                "hashed needs 1 or more, the others 0"
+                f"user mode {self.user_mode!r} with {self.user_buckets} buckets: hashed needs 1 or more, the others 0"
             )
         problems = []
         if not np.array_equal(self.items["index"], np.arange(len(self.items))):
@@ -118,9 +117,7 @@ class IdVocab:
         Raises:
             DataError: some are not in the vocabulary.
         """
-        indices = np.fromiter(
-            (self._item_index.get(item, -1) for item in raw), dtype=np.int64, count=len(raw)
-        )
+        indices = np.fromiter((self._item_index.get(item, -1) for item in raw), dtype=np.int64, count=len(raw))
         if (indices < 0).any():
             unknown = list(dict.fromkeys(raw[int(place)] for place in np.flatnonzero(indices < 0)))
             shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
@@ -197,9 +194,7 @@ class IdVocab:
             settings = json.loads(metadata[_METADATA_KEY])
             mode, buckets, seed = settings["user_mode"], settings["user_buckets"], settings["seed"]
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: not written by genrec: seed and user mode are not in its metadata"
-            ) from error
+            raise DataError(f"{path}: not written by genrec: seed and user mode are not in its metadata") from error
         users: tuple[str, ...] = ()
         if mode == "each":
             table, _ = _read_parquet(Path(directory) / USERS_FILE, {"row", "user"})
@@ -240,9 +235,7 @@ def _write_parquet(path: str | os.PathLike[str], table: pd.DataFrame, metadata: 
     import pyarrow.parquet as pq
 
     columns: dict[str, Any] = {
-        str(name): pa.array(
-            table[name].to_numpy(), type=pa.int64() if name in ("index", "row") else pa.string()
-        )
+        str(name): pa.array(table[name].to_numpy(), type=pa.int64() if name in ("index", "row") else pa.string())
         for name in table
     }
     with atomic_file(path) as temporary:

@@ -57,9 +57,7 @@ def test_recent_repeat_puts_the_most_recent_distinct_items_first() -> None:
 def test_item_knn_follows_its_formula_written_out_in_loops() -> None:
     generator = np.random.default_rng(0)
     num_items = 12
-    train = [
-        generator.integers(num_items - 1, size=length) for length in (1, 2, 9, 30, 70)
-    ]  # the last item is cold
+    train = [generator.integers(num_items - 1, size=length) for length in (1, 2, 9, 30, 70)]  # the last item is cold
     histories = [generator.integers(num_items, size=length) for length in (1, 5, 40)]
     evidence = np.zeros((num_items, num_items))
     for sequence in train:

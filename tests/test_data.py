@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 
 from genrec_llm import data
-from genrec_llm.data import Interactions, leave_last_two_out, read_catalogue, read_interactions
+from genrec_llm.data import Interactions, leave_last_two_out, read_interactions
 from genrec_llm.errors import DataError
+from genrec_llm.tables import read_catalogue
 
 STRANGE_IDS = [
     "with space",
@@ -33,16 +34,9 @@ STRANGE_IDS = [
 
 def log_of(text: str) -> Interactions:
     """`"u1: a b c; u2: b d"` as an interaction log without times."""
-    rows = [
-        (user, item)
-        for line in text.split(";")
-        for user, items in [line.split(":")]
-        for item in items.split()
-    ]
+    rows = [(user, item) for line in text.split(";") for user, items in [line.split(":")] for item in items.split()]
     users, items = zip(*rows, strict=True)
-    return Interactions.from_log(
-        "toy", pd.DataFrame({"user": [user.strip() for user in users], "item": items})
-    )
+    return Interactions.from_log("toy", pd.DataFrame({"user": [user.strip() for user in users], "item": items}))
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -54,9 +48,7 @@ def write_tsv(path: Path, table: pd.DataFrame) -> None:
 
 
 def write_jsonl(path: Path, table: pd.DataFrame) -> None:
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_dict("records")), "utf-8"
-    )
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_dict("records")), "utf-8")
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
@@ -83,9 +75,7 @@ def written(folder: Path, text: str, name: str = "log.csv") -> Path:
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_strange_ids_survive_every_format(tmp_path: Path, suffix: str) -> None:
-    table = pd.DataFrame(
-        {"user": STRANGE_IDS, "item": STRANGE_IDS[::-1], "timestamp": range(len(STRANGE_IDS))}
-    )
+    table = pd.DataFrame({"user": STRANGE_IDS, "item": STRANGE_IDS[::-1], "timestamp": range(len(STRANGE_IDS))})
     WRITERS[suffix](tmp_path / f"log{suffix}", table)
     interactions = read_interactions(tmp_path / f"log{suffix}")
     assert interactions.users == STRANGE_IDS
@@ -109,9 +99,7 @@ def test_numeric_ids_become_text_without_a_fraction(tmp_path: Path, suffix: str)
 
 
 def test_a_json_log_may_mix_numbers_and_text(tmp_path: Path) -> None:
-    path = written(
-        tmp_path, '{"user": 1, "item": "a"}\n\n{"user": "1", "item": 12345678901234567890}\n', "log.jsonl"
-    )
+    path = written(tmp_path, '{"user": 1, "item": "a"}\n\n{"user": "1", "item": 12345678901234567890}\n', "log.jsonl")
     assert read_interactions(path).sequences() == {"1": ["a", "12345678901234567890"]}
 
 
@@ -154,9 +142,7 @@ def test_times_may_be_seconds_or_dates(tmp_path: Path, times: list[str], expecte
 @pytest.mark.parametrize("zone", [None, "UTC"])
 def test_a_parquet_log_may_have_real_times(tmp_path: Path, zone: str | None) -> None:
     times = pd.to_datetime(["2024-01-01 00:00:02.5", "2024-01-01 00:00:01.0"]).tz_localize(zone)
-    write_parquet(
-        tmp_path / "log.parquet", pd.DataFrame({"user": "u", "item": ["b", "a"], "timestamp": times})
-    )
+    write_parquet(tmp_path / "log.parquet", pd.DataFrame({"user": "u", "item": ["b", "a"], "timestamp": times}))
     interactions = read_interactions(tmp_path / "log.parquet")
     assert interactions.sequences() == {"u": ["a", "b"]}
     assert interactions.frame["timestamp"].tolist() == [1704067201.0, 1704067202.5]
@@ -171,9 +157,7 @@ def test_without_a_time_column_the_file_is_in_order(tmp_path: Path, caplog: pyte
 
 def test_other_column_names_are_told_by_options(tmp_path: Path) -> None:
     path = written(tmp_path, "who,what,when,rating\nu,b,2,5\nu,a,1,1\n")
-    interactions = read_interactions(
-        path, user_column="who", item_column="what", time_column="when", name="shop"
-    )
+    interactions = read_interactions(path, user_column="who", item_column="what", time_column="when", name="shop")
     assert interactions.sequences() == {"u": ["a", "b"]}
     assert interactions.name == "shop"
     ignoring_times = read_interactions(path, user_column="who", item_column="what", time_column=None)
@@ -219,14 +203,17 @@ def test_a_csv_item_file_may_use_the_name_of_the_item_column(tmp_path: Path) -> 
     }
 
 
-def test_items_without_a_row_in_the_item_file_are_added(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_items_without_a_row_in_the_item_file_are_added(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = written(tmp_path, "user,item\nu,1\nu,new\n")
     items = written(tmp_path, '{"item": 1, "title": "One"}\n', "items.jsonl")
     catalogue = read_interactions(path, items_path=items).catalogue
     assert catalogue.to_dict("list") == {"item": ["1", "new"], "title": ["One", None]}
     assert "'new'" in caplog.text
+
+
+def test_half_a_surrogate_pair_in_a_title_becomes_a_question_mark(tmp_path: Path) -> None:
+    items = written(tmp_path, '{"item": 1, "title": "a\\ud800b", "categories": ["\\ud800"]}\n', "items.jsonl")
+    assert read_catalogue(items).to_dict("list") == {"item": ["1"], "title": ["a?b"], "categories": ["?"]}
 
 
 def test_repeated_items_and_absent_columns_of_the_item_file_are_named(tmp_path: Path) -> None:
@@ -264,9 +251,7 @@ def test_a_file_with_a_header_alone_is_called_empty(tmp_path: Path) -> None:
 def test_missing_columns_are_named_with_those_there_and_the_option(tmp_path: Path) -> None:
     problems = problems_of(written(tmp_path, "uid,iid,when\nu,i,1\n"), time_column="time")
     assert len(problems) == 3
-    for problem, column, option in zip(
-        problems, ("user", "item", "time"), ("user", "item", "time"), strict=True
-    ):
+    for problem, column, option in zip(problems, ("user", "item", "time"), ("user", "item", "time"), strict=True):
         assert f"no column '{column}'; the columns are 'uid', 'iid', 'when'" in problem
         assert f"--{option}-column" in problem
 
@@ -280,15 +265,11 @@ def test_times_that_are_none_are_counted_and_placed(tmp_path: Path) -> None:
 
 
 def test_dates_in_two_formats_are_refused_and_not_guessed(tmp_path: Path) -> None:
-    (problem,) = problems_of(
-        written(tmp_path, "user,item,timestamp\nu,a,2024-01-01\nu,b,2024-01-02\nu,c,01.02.2024\n")
-    )
+    (problem,) = problems_of(written(tmp_path, "user,item,timestamp\nu,a,2024-01-01\nu,b,2024-01-02\nu,c,01.02.2024\n"))
     assert "line 4: '01.02.2024'" in problem
 
 
-@pytest.mark.parametrize(
-    ("suffix", "place"), [(".csv", "line 3"), (".jsonl", "line 2"), (".parquet", "row 2")]
-)
+@pytest.mark.parametrize(("suffix", "place"), [(".csv", "line 3"), (".jsonl", "line 2"), (".parquet", "row 2")])
 def test_missing_ids_are_placed_in_the_units_of_the_format(tmp_path: Path, suffix: str, place: str) -> None:
     WRITERS[suffix](
         tmp_path / f"log{suffix}",
@@ -296,6 +277,19 @@ def test_missing_ids_are_placed_in_the_units_of_the_format(tmp_path: Path, suffi
     )
     (problem,) = problems_of(tmp_path / f"log{suffix}")
     assert "column 'item': 1 value empty" in problem and place in problem
+
+
+def test_line_breaks_inside_quotes_count_as_lines(tmp_path: Path) -> None:
+    rows = 'user,item,"no\nte"\nu,a,"x\ny\r\nz"\n\n,b,q\nv,,"1\n2"\nw,,\n'
+    user, item = problems_of(written(tmp_path, rows))
+    assert "line 7: ''" in user
+    assert "line 8: '', line 10: ''" in item
+
+
+@pytest.mark.parametrize("rows", ['u,"a\nb"\nu,b,3\n', 'u,"a\nb"\nu,"c,3\n'])
+def test_the_place_of_a_ragged_or_unclosed_row_is_counted_in_rows(tmp_path: Path, rows: str) -> None:
+    (problem,) = problems_of(written(tmp_path, f"user,item\n{rows}"))
+    assert "row 3 (the header is row 1)" in problem
 
 
 def test_equal_rows_are_refused_and_dropped_on_request(tmp_path: Path) -> None:

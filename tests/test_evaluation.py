@@ -121,9 +121,7 @@ def test_data_that_does_not_belong_together_is_refused_with_every_reason(data: E
 def test_compare_is_paired_and_signed(data: EvalData) -> None:
     good, bad = (report_of(Noisy(name, data, weight), data) for name, weight in (("good", 3.0), ("bad", 0.0)))
     difference = good.compare(bad)["NDCG@10"]
-    assert difference.mean == pytest.approx(
-        good.metrics["NDCG@10"].mean - bad.metrics["NDCG@10"].mean, abs=1e-12
-    )
+    assert difference.mean == pytest.approx(good.metrics["NDCG@10"].mean - bad.metrics["NDCG@10"].mean, abs=1e-12)
     assert difference.low > 0
     assert difference.p_value < 0.01
     assert bad.compare(good)["HR@10"].mean < 0

@@ -110,9 +110,7 @@ def test_the_training_arguments_fill_every_auto(path: Path, bf16: bool, tmp_path
         gradient_accumulation_steps=5,
         max_grad_norm=0.25,
     )
-    shape = T5Config(
-        vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    shape = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(shape)
     try:
         deepspeed = HfTrainerDeepSpeedConfig(str(path))
@@ -129,8 +127,6 @@ def test_the_training_arguments_fill_every_auto(path: Path, bf16: bool, tmp_path
 
 
 def test_zero3_saves_whole_weights() -> None:
-    zero = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text(encoding="utf-8"))[
-        "zero_optimization"
-    ]
+    zero = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text(encoding="utf-8"))["zero_optimization"]
     assert zero["stage"] == 3
     assert zero["stage3_gather_16bit_weights_on_model_save"] is True

@@ -43,9 +43,7 @@ START = 3
 NEW_TOKENS = [55, 56, 57]
 INPUT = torch.tensor([[55, 56, 7, 1]])
 LABELS = torch.tensor([[57, 56, 1]])
-ROUNDING = (
-    1e-4  # fp32 logits of size 1 to 20, summed in another order; the faults below move them by 0.01 and more
-)
+ROUNDING = 1e-4  # fp32 logits of size 1 to 20, summed in another order; the faults below move them by 0.01 and more
 
 
 class UntiedT5(T5ForConditionalGeneration):
@@ -81,9 +79,7 @@ def tiny_t5(**changes: object) -> T5ForConditionalGeneration:
 def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as Flan-T5's: `shared` and `lm_head` differ, its config says it is untied."""
     source = tiny_t5(tie_word_embeddings=False)
-    weights = {
-        name: value.clone() for name, value in source.state_dict().items() if "embed_tokens" not in name
-    }
+    weights = {name: value.clone() for name, value in source.state_dict().items() if "embed_tokens" not in name}
     weights["lm_head.weight"] = torch.randn(VOCABULARY, 16)
     config = source.config.to_dict() | {
         "tie_word_embeddings": False,
@@ -105,9 +101,7 @@ def right_logits(untied_checkpoint: Path) -> torch.Tensor:
     with torch.no_grad():
         encoded = source.encoder(input_ids=INPUT).last_hidden_state
         decoder_input = source.prepare_decoder_input_ids_from_labels(LABELS)
-        return (
-            source.decoder(input_ids=decoder_input, encoder_hidden_states=encoded).last_hidden_state @ head.T
-        )
+        return source.decoder(input_ids=decoder_input, encoder_hidden_states=encoded).last_hidden_state @ head.T
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -136,9 +130,7 @@ def test_t5_config_turns_tying_on_whatever_is_asked() -> None:
     assert t5_config().scale_decoder_outputs is True
 
 
-def test_untied_checkpoint_loads_with_its_own_head(
-    untied_checkpoint: Path, right_logits: torch.Tensor
-) -> None:
+def test_untied_checkpoint_loads_with_its_own_head(untied_checkpoint: Path, right_logits: torch.Tensor) -> None:
     """The part of trap 1 that works: a plain load keeps the head, since both tables are found and differ.
 
     When this fails there is a new form of the trap: every load of an untied T5 needs the subclass.
@@ -213,9 +205,7 @@ def test_zero3_ties_an_untied_t5_while_loading(untied_checkpoint: Path, tmp_path
     assert torch.equal(torch.tensor(heads["UntiedT5"]), weights["lm_head.weight"])
 
 
-def test_passing_the_flag_leaves_the_inputs_random(
-    untied_checkpoint: Path, right_logits: torch.Tensor
-) -> None:
+def test_passing_the_flag_leaves_the_inputs_random(untied_checkpoint: Path, right_logits: torch.Tensor) -> None:
     """Trap 1(c): `from_pretrained(..., tie_word_embeddings=False)` unties encoder and decoder as well.
 
     Our answer: genrec_llm/model.py never passes the flag; it chooses the subclass.
@@ -231,9 +221,7 @@ def test_passing_the_flag_leaves_the_inputs_random(
     assert distance(logits(model), right_logits) > 1
 
 
-def test_the_untied_subclass_keeps_head_and_inputs(
-    untied_checkpoint: Path, right_logits: torch.Tensor
-) -> None:
+def test_the_untied_subclass_keeps_head_and_inputs(untied_checkpoint: Path, right_logits: torch.Tensor) -> None:
     """The mend of trap 1 that genrec_llm/model.py uses; it keeps the head even through a resize.
 
     When this fails there is a new form of the trap: untied backbones train and export wrongly until it is
@@ -247,9 +235,7 @@ def test_the_untied_subclass_keeps_head_and_inputs(
     assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
 
 
-def test_an_untied_t5_is_saved_as_tied(
-    untied_checkpoint: Path, right_logits: torch.Tensor, tmp_path: Path
-) -> None:
+def test_an_untied_t5_is_saved_as_tied(untied_checkpoint: Path, right_logits: torch.Tensor, tmp_path: Path) -> None:
     """Trap 1, on saving: the config is written with `tie_word_embeddings: true`, which transformers 4 obeys.
 
     (transformers 4.57.3 loads such a file with the head tied, logits off by 12 here; written as false it is
@@ -272,9 +258,7 @@ def test_an_untied_t5_is_saved_as_tied(
 
 def adapted(base: PreTrainedModel, **settings: object) -> PeftModel:
     torch.manual_seed(1)
-    return get_peft_model(
-        base, LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], **settings)
-    )
+    return get_peft_model(base, LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"], **settings))
 
 
 def take_three_steps(model: torch.nn.Module) -> None:
@@ -319,9 +303,7 @@ def test_trainable_token_indices_reach_both_tables_in_one_case_only(
     moved = distance(merged.encoder.embed_tokens.weight[NEW_TOKENS], before["shared.weight"][NEW_TOKENS])
     assert (moved > 0) == inputs_move
     head_rows = merged.lm_head.weight[NEW_TOKENS]
-    assert torch.equal(head_rows, merged.shared.weight[NEW_TOKENS]) == (
-        head == "overwritten by the input rows"
-    )
+    assert torch.equal(head_rows, merged.shared.weight[NEW_TOKENS]) == (head == "overwritten by the input rows")
     assert distance(head_rows, before["lm_head.weight"][NEW_TOKENS]) > 0
 
 
@@ -361,9 +343,7 @@ def test_modules_to_save_on_embed_tokens_lets_the_copies_drift_apart(
     merged = model.merge_and_unload()
 
     assert not torch.equal(merged.encoder.embed_tokens.weight, merged.decoder.embed_tokens.weight)
-    assert torch.equal(
-        merged.shared.weight, load_file(untied_checkpoint / "model.safetensors")["shared.weight"]
-    )
+    assert torch.equal(merged.shared.weight, load_file(untied_checkpoint / "model.safetensors")["shared.weight"])
     assert distance(logits(merged), trained) < ROUNDING
 
 
@@ -372,9 +352,7 @@ def test_merging_trained_tokens_of_embed_tokens_changes_the_model(untied_checkpo
 
     Our answer: as above. When this fails the trap is gone; nothing of ours has to change.
     """
-    model = adapted(
-        UntiedT5.from_pretrained(untied_checkpoint), trainable_token_indices={"embed_tokens": NEW_TOKENS}
-    )
+    model = adapted(UntiedT5.from_pretrained(untied_checkpoint), trainable_token_indices={"embed_tokens": NEW_TOKENS})
     take_three_steps(model)
     trained = logits(model)
 
@@ -404,9 +382,7 @@ def trainer(model: T5ForConditionalGeneration, folder: Path, batch: int, accumul
 
 
 @pytest.mark.parametrize(("declared", "factor"), [(None, 4), (False, 1)])
-def test_accumulation_multiplies_the_loss_of_stock_t5(
-    tmp_path: Path, declared: bool | None, factor: int
-) -> None:
+def test_accumulation_multiplies_the_loss_of_stock_t5(tmp_path: Path, declared: bool | None, factor: int) -> None:
     """Trap 3: the Trainer takes T5's **kwargs for support of `num_items_in_batch`, and divides nothing.
 
     Our answer: `accepts_loss_kwargs` is true on our subclass because its forward divides by the global number
@@ -446,9 +422,7 @@ def test_world_size_multiplies_the_loss_of_stock_t5(
     single = loss_of(model, dict(batch), num_items_in_batch=torch.tensor(6)).item()
 
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    assert loss_of(model, dict(batch), num_items_in_batch=torch.tensor(6)).item() == pytest.approx(
-        factor * single
-    )
+    assert loss_of(model, dict(batch), num_items_in_batch=torch.tensor(6)).item() == pytest.approx(factor * single)
 
 
 # 4. What PEFT saves
@@ -556,9 +530,7 @@ def test_generate_with_one_new_token_is_the_one_step_top(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize(("renormalised", "right_order"), [(False, False), (True, True)])
-def test_an_end_token_after_the_item_spoils_the_order(
-    family: str, renormalised: bool, right_order: bool
-) -> None:
+def test_an_end_token_after_the_item_spoils_the_order(family: str, renormalised: bool, right_order: bool) -> None:
     """Trap 5: with item + EOS the beam adds the log-probability of EOS: the set is right, the order is not.
 
     Our answer: the target is one token and `max_new_tokens=1` (genrec_llm/decoding.py, genrec_llm/export.py).
@@ -599,9 +571,7 @@ def test_bart_with_a_forced_end_token_cannot_rank() -> None:
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, 0.01, 100.0), (4, 0.1, 100.0), (32, 0.0, ROUNDING)])
-def test_merging_into_quantised_weights_is_lossy(
-    tmp_path: Path, bits: int, least: float, most: float
-) -> None:
+def test_merging_into_quantised_weights_is_lossy(tmp_path: Path, bits: int, least: float, most: float) -> None:
     """Trap 6: `merge_and_unload` on an 8- or 4-bit base quantises the sum again, and the logits move.
 
     Our answer: genrec_llm/export.py merges into a freshly loaded bf16 or fp32 base.
@@ -708,9 +678,7 @@ def test_sentinels_run_down_in_the_shipped_tokenizer_and_up_in_another(shared_da
 
 
 @pytest.mark.parametrize(("special", "kept"), [(False, True), (True, False)])
-def test_items_added_as_special_tokens_vanish_from_decoded_text(
-    shared_data: Path, special: bool, kept: bool
-) -> None:
+def test_items_added_as_special_tokens_vanish_from_decoded_text(shared_data: Path, special: bool, kept: bool) -> None:
     """Trap 9: `skip_special_tokens=True`, the usual way to decode, drops items that were added as special.
 
     Our answer: genrec_llm/vocab.py adds items with `special_tokens=False`.

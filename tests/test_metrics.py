@@ -168,8 +168,7 @@ def test_paired_differences_see_what_separate_intervals_do_not() -> None:
 def test_p_values_are_uniform_where_there_is_no_difference() -> None:
     generator = np.random.default_rng(6)
     values = [
-        paired_difference(*generator.normal(size=(2, 60)), seed=trial, resamples=200).p_value
-        for trial in range(200)
+        paired_difference(*generator.normal(size=(2, 60)), seed=trial, resamples=200).p_value for trial in range(200)
     ]
     assert np.mean(np.array(values) < 0.1) < 0.1 + 4 * math.sqrt(0.1 * 0.9 / 200)  # four standard errors
     assert 0.4 < np.mean(values) < 0.6
@@ -198,6 +197,4 @@ def test_evaluate_modules_load_offline_and_agree(monkeypatch: pytest.MonkeyPatch
     targets = np.array([2, 9, 8])
     for name, expected in (("hit_rate", 2 / 3), ("ndcg", (1 / math.log2(3) + 1) / 3)):
         module = evaluate.load(str(MODULES / f"{name}.py"), cache_dir=str(tmp_path))
-        assert module.compute(predictions=top, references=targets, k=3)[name] == pytest.approx(
-            expected, abs=1e-12
-        )
+        assert module.compute(predictions=top, references=targets, k=3)[name] == pytest.approx(expected, abs=1e-12)

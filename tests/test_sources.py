@@ -98,8 +98,7 @@ def small_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     content = b"1 1 2 3\n2 3 1 4\n"
     (tmp_path / "sequences" / "Beauty.txt").write_bytes(content)
     rows = [
-        f'{{"id": {number}, "item": "B{number}", "title": null, "text_id": "t {number}"}}'
-        for number in range(1, 6)
+        f'{{"id": {number}, "item": "B{number}", "title": null, "text_id": "t {number}"}}' for number in range(1, 6)
     ]
     (tmp_path / "items" / "Beauty.items.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     known = sources._Benchmark("Beauty", hashlib.sha256(content).hexdigest())
@@ -247,9 +246,7 @@ def assert_identical(one: Interactions, other: Interactions) -> None:
     assert one.fingerprint() == other.fingerprint()
 
 
-def fetched_in_both_forms(
-    network: Network, cache: Path, grouplens: bytes, wheel: bytes
-) -> list[Interactions]:
+def fetched_in_both_forms(network: Network, cache: Path, grouplens: bytes, wheel: bytes) -> list[Interactions]:
     loaded = []
     for place, content in (("grouplens", grouplens), ("wheel", wheel)):
         network.answers = {}
@@ -275,19 +272,11 @@ def test_both_forms_of_movielens_are_identical(network: Network, tmp_path: Path)
     assert network.requests == ["grouplens", "grouplens", "wheel"]
 
 
-def test_both_forms_of_the_real_movielens_are_identical(
-    network: Network, shared_data: Path, tmp_path: Path
-) -> None:
+def test_both_forms_of_the_real_movielens_are_identical(network: Network, shared_data: Path, tmp_path: Path) -> None:
     ratings = gzip.decompress((shared_data / "ml-100k" / "ml-100k.inter.gz").read_bytes()).partition(b"\n")[2]
-    assert (
-        hashlib.sha256(ratings).hexdigest() == sources._GROUPLENS_FORM["u.data"]
-    )  # the real u.data, byte for byte
-    lines = (
-        gzip.decompress((shared_data / "ml-100k" / "ml-100k.item.gz").read_bytes()).decode().splitlines()[1:]
-    )
-    items = [
-        (number, title, year, genres) for number, title, year, genres in (line.split("\t") for line in lines)
-    ]
+    assert hashlib.sha256(ratings).hexdigest() == sources._GROUPLENS_FORM["u.data"]  # the real u.data, byte for byte
+    lines = gzip.decompress((shared_data / "ml-100k" / "ml-100k.item.gz").read_bytes()).decode().splitlines()[1:]
+    items = [(number, title, year, genres) for number, title, year, genres in (line.split("\t") for line in lines)]
     forms = grouplens_zip(ratings, items), recbole_wheel(ratings, items)
     from_grouplens, from_wheel = fetched_in_both_forms(network, tmp_path / "cache", *forms)
     assert_identical(from_grouplens, from_wheel)
@@ -318,9 +307,7 @@ def test_a_wrong_answer_is_not_taken_for_the_data(network: Network) -> None:
         assert set(files) == set(sources._RECBOLE_FORM)
 
 
-def test_when_neither_place_answers_both_reasons_and_the_mend_are_given(
-    network: Network, tmp_path: Path
-) -> None:
+def test_when_neither_place_answers_both_reasons_and_the_mend_are_given(network: Network, tmp_path: Path) -> None:
     network.answers["wheel"] = subprocess.TimeoutExpired("pip", 120)
     with pytest.raises(DataError) as caught:
         load_interactions("movielens-100k")
@@ -333,15 +320,9 @@ def test_when_neither_place_answers_both_reasons_and_the_mend_are_given(
 
 def test_the_wheel_is_taken_from_pip_and_its_last_word_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert (
-            command[1:4] == ["-m", "pip", "download"]
-            and "recbole==1.2.1" in command
-            and "--no-deps" in command
-        )
+        assert command[1:4] == ["-m", "pip", "download"] and "recbole==1.2.1" in command and "--no-deps" in command
         if not works:
-            return subprocess.CompletedProcess(
-                command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n"
-            )
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n")
         (Path(command[-1]) / "recbole-1.2.1-py3-none-any.whl").write_bytes(b"wheel")
         return subprocess.CompletedProcess(command, 0, "", "")
 

@@ -148,9 +148,7 @@ def test_the_fingerprint_follows_users_in_row_order() -> None:
 
 @pytest.mark.parametrize(("mode", "buckets"), [("each", 0), ("hashed", 9), ("none", 0)])
 def test_a_vocabulary_survives_its_files(tmp_path: Path, mode: str, buckets: int) -> None:
-    catalogue = pd.DataFrame(
-        {"item": STRANGE_IDS, "title": [None, *STRANGE_IDS[1:]], "categories": [None] * 9}
-    )
+    catalogue = pd.DataFrame({"item": STRANGE_IDS, "title": [None, *STRANGE_IDS[1:]], "categories": [None] * 9})
     vocab = IdVocab.build(catalogue, STRANGE_IDS, seed=5, user_mode=mode, user_buckets=buckets)  # type: ignore[arg-type]
     vocab.save_items(tmp_path / "items.parquet")
     vocab.save_users(tmp_path / "users.parquet")

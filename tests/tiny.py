@@ -70,7 +70,13 @@ def save_log(path: Path, *, users: int = 40, items: int = 30, seed: int = 0, lon
 def environment() -> dict[str, str]:
     """As a user's shell: the tools of this interpreter first, one thread a process."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def launch_command(strategy: str, recipe: str, *arguments: str, processes: int = 2) -> list[str]:
