@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -255,16 +256,6 @@ class EvaluateArguments:
         _raise(_one_of("split", self.split, ("validation", "test")))
 
 
-def _unknown_keys(path: Path, values: dict[str, Any], known: Sequence[str]) -> list[str]:
-    problems = []
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see --help for the names there are"
-            problems.append(f"{path}: unknown key {key!r}: {hint}")
-    return problems
-
-
 def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Parse a command line into dataclasses; `--config file.yaml` sets defaults that the other flags override.
 
@@ -274,44 +265,49 @@ def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[
         ConfigError: the file is absent, is no mapping, or has unknown keys (each with the nearest name); a flag is unknown;
             values do not fit together. All problems of the file at once.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(list(classes), description="See the recipe's docstring for the launch command.")
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", nargs="?", const="")
+    chosen, arguments = before.parse_known_args(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        list(classes), description="See the recipe's docstring for the launch command.", allow_abbrev=False
+    )
     parser.add_argument("--config", help="YAML file of defaults for the flags below.")
-    known = [entry.name for cls in classes for entry in dataclasses.fields(cls) if entry.init]
-    if "--config" in arguments:
-        place = arguments.index("--config")
-        if place + 1 == len(arguments):
-            raise ConfigError("--config: the name of a YAML file is missing behind it")
-        path = Path(arguments[place + 1])
-        del arguments[place : place + 2]
-        arguments = [*_yaml_flags(path, known), *arguments]
+    parser.error = _refuse  # type: ignore[method-assign]
+    known = {entry.name for cls in classes for entry in dataclasses.fields(cls) if entry.init}
+    if chosen.config is not None:
+        values = _yaml_values(Path(chosen.config), known)
+        parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
     *parsed, extra = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
-    if extra:
-        flags = [flag for flag in extra if flag.startswith("--")] or extra
-        problems = []
-        for flag in flags:
-            name = flag.lstrip("-").split("=")[0].replace("-", "_")
-            close = difflib.get_close_matches(name, known, n=1)
-            problems.append(
-                f"{flag}: unknown flag" + (f": did you mean --{close[0].replace('_', '-')}?" if close else "")
-            )
-        raise ConfigError(problems)
+    _raise([_unknown_flag(flag, known) for flag in [flag for flag in extra if flag.startswith("--")] or extra])
     return tuple(parsed[: len(classes)])
 
 
-def _yaml_flags(path: Path, known: Sequence[str]) -> list[str]:
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"command line or configuration file: {message}; --help lists the flags")
+
+
+def _unknown_flag(flag: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(flag.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
+    return f"{flag}: unknown flag" + (f": did you mean --{close[0].replace('_', '-')}?" if close else "")
+
+
+def _yaml_values(path: Path, known: Collection[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: no such configuration file ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: has to be one mapping of field names to values")
-    _raise(_unknown_keys(path, values, known))
-    flags: list[str] = []
-    for key, value in values.items():
-        if value is None:
-            continue
-        flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return flags
+    problems = []
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help for the names there are"
+            problems.append(f"{path}: unknown key {key!r}: {hint}")
+    _raise(problems)
+    # YAML reads a bare `no` as false; for a strategy it is the word that was meant.
+    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in values.items()}

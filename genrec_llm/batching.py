@@ -17,6 +17,8 @@ from genrec_llm.tasks import Batch, IntArray, Task
 
 GROUPED_BATCHES = 64
 """Global batches whose examples are sorted by length together: little padding, and still a random order of steps."""
+SMALLEST_GROUPS = 8
+"""An epoch has at least so many groups, or no groups at all: in one, every epoch would have the same batches."""
 
 
 class GlobalBatches:
@@ -38,8 +40,8 @@ class GlobalBatches:
         self.steps = -(-len(lengths) // size)
         if len(lengths) // self.steps < shares:
             raise ConfigError(
-                f"global_batch_size: {size} examples ({len(lengths)} in an epoch) are fewer than the {shares} shares of "
-                "processes x gradient_accumulation_steps: raise global_batch_size or start fewer processes"
+                f"global_batch_size: {size} examples or the remainder of an epoch of {len(lengths)} cannot be shared by "
+                f"{shares} processes x gradient_accumulation_steps: raise global_batch_size or start fewer processes"
             )
 
     def epoch(self, epoch: int) -> list[IntArray]:
@@ -47,8 +49,9 @@ class GlobalBatches:
         random = np.random.default_rng([self.seed, epoch])
         batches = np.array_split(random.permutation(len(self.lengths)), self.steps)
         grouped: list[IntArray] = []
-        for start in range(0, self.steps, GROUPED_BATCHES):
-            part = batches[start : start + GROUPED_BATCHES]
+        group = max(1, min(GROUPED_BATCHES, self.steps // SMALLEST_GROUPS))
+        for start in range(0, self.steps, group):
+            part = batches[start : start + group]
             together = np.concatenate(part)
             together = together[np.argsort(self.lengths[together], kind="stable")]
             grouped += np.split(together, np.cumsum([len(batch) for batch in part])[:-1])

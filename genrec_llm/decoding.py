@@ -112,7 +112,10 @@ def generate_top_n(
         output_scores=True,
     )
     items = found.sequences[:, -1].view(rows, beams) - layout.base
-    values = found.sequences_scores.view(rows, beams)
+    if beams == 1:  # greedy search, which scores no sequences
+        values = found.scores[0].float().log_softmax(dim=1).gather(1, found.sequences[:, -1:])
+    else:
+        values = found.sequences_scores.view(rows, beams)
     outside = (items < 0) | (items >= layout.num_items) | ~torch.isfinite(values) | (values < -1e8)
     items, values = items.masked_fill(outside, NOTHING), values.masked_fill(outside, -torch.inf)
     return F.pad(items, (0, n - beams), value=NOTHING), F.pad(values, (0, n - beams), value=-torch.inf)

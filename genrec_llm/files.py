@@ -58,10 +58,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(path, replaced)
         os.replace(temporary, path)
     except OSError as error:
-        if replaced.exists() and not path.exists():
-            os.replace(replaced, path)
         raise _failed(path, error) from error
     finally:
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 

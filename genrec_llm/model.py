@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -215,6 +216,8 @@ def bare_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
 
 
 def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
+    if name in NAMED_SIZES:
+        raise ConfigError(f"backbone: {name!r} is a geometry without weights: add --backbone-init random --tuning full")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -270,7 +273,7 @@ def load_backbone(
         model, info = own_head.from_pretrained(
             name, config=config, revision=revision, dtype=dtype, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"backbone: {name!r} has no weights that load: {str(error).splitlines()[0]}") from error
     if own_head is not tied_head and "lm_head.weight" in info["missing_keys"]:
         model = tied_head.from_pretrained(name, config=config, revision=revision, dtype=dtype)
@@ -286,6 +289,9 @@ def add_id_words(tokenizer: PreTrainedTokenizerBase, vocab: IdVocab) -> None:
     base = len(tokenizer)
     words = [*vocab.item_tokens, *vocab.user_tokens]
     tokenizer.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in words])
+    # As the model reads it, whatever the family's own form is (BART's begins with <s>).
+    end = (str(tokenizer.eos_token), tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
     ends = tokenizer.convert_tokens_to_ids([words[0], words[-1]])
     if ends != [base, base + len(words) - 1]:
         raise ConfigError(

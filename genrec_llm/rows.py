@@ -72,6 +72,7 @@ def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: i
         rows = left[:, :rank] * values[:rank]
         if rank < dim:
             rows = rows @ nn.init.orthogonal_(torch.empty(rank, dim))
+    rows[torch.from_numpy(degree == 0)] = 0.0  # where the decomposition leaves rounding noise
     return rows
 
 
@@ -125,7 +126,8 @@ def initial_rows(
     dim = model.config.d_model
     if method == "text":
         rows = text_rows(model, tokenizer, vocab)
-        rows = rows - rows.mean(dim=0)
+        written = rows.any(dim=1)
+        rows[written] -= rows[written].mean(dim=0)
     elif method == "cooccurrence":
         rows = cooccurrence_rows(train, vocab.num_items, dim, seed=seed)
     else:

@@ -133,6 +133,12 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         dropout=args.dropout,
     )
     layout = prompt_layout(tokenizer, data.vocab, max_history=data.max_history, decoder_prompt=args.decoder_prompt)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < data.max_history + 3:
+        raise ConfigError(
+            f"max_history: {data.max_history} items and three more tokens do not fit the {positions} positions of "
+            f"{args.backbone}: at most {positions - 3}"
+        )
     rows, method = initial_rows(
         model,
         tokenizer,

@@ -185,7 +185,7 @@ class PromptLayout:
             mask_tokens = np.take(self.mask_ids, order[rows, columns])
             left = np.where(columns > 0, visible_upto[rows, np.maximum(columns - 1, 0)], -1)
             encoded["labels"] = items[rows, columns]
-            if len(rows) > batch:
+            if not np.array_equal(rows, row):
                 encoded["target_rows"] = rows
         prompt = mask_tokens[:, None]
         if self.decoder_prompt == "last-item":
