@@ -273,6 +273,8 @@ def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[
     )
     parser.add_argument("--config", help="YAML file of defaults for the flags below.")
     parser.error = _refuse  # type: ignore[method-assign]
+    if chosen.config == "":
+        raise ConfigError("--config: the name of a YAML file is missing behind it")
     known = {entry.name for cls in classes for entry in dataclasses.fields(cls) if entry.init}
     if chosen.config is not None:
         values = _yaml_values(Path(chosen.config), known)

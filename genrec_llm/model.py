@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from genrec_llm.errors import ConfigError
 from genrec_llm.tasks import DecoderPrompt, PromptLayout
 from genrec_llm.vocab import IdVocab
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 UNTIED_KEYS = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 
 
@@ -260,6 +262,9 @@ def load_backbone(
         config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), 0, 1
     else:
         config = _load_config(name, revision)
+        # transformers 5 makes an empty tokenizer for a T5 folder that has none, and says nothing.
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+            raise ConfigError(f"backbone: {name!r} has no tokenizer that loads: add one of {', '.join(TOKENIZER_FILES)}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except (OSError, ValueError) as error:

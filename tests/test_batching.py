@@ -115,7 +115,7 @@ def test_the_number_of_steps_is_constant_and_batches_differ_by_one_example_at_mo
 
 @pytest.mark.parametrize(("examples", "size", "shares"), [(100, 4, 8), (9, 8, 8), (3, 8, 4)])
 def test_a_global_batch_that_cannot_be_shared_out_is_refused(examples: int, size: int, shares: int) -> None:
-    with pytest.raises(ConfigError, match=f"global_batch_size: {size} examples .* {shares} shares"):
+    with pytest.raises(ConfigError, match=f"global_batch_size: {size} examples .* cannot be shared by {shares} processes"):
         GlobalBatches(Echo(examples).lengths, size, seed=0, shares=shares)
 
 
@@ -231,8 +231,4 @@ def test_batches_are_the_same_with_and_without_data_loading_workers(masked: bool
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     halves = plain[: len(plain) // 2], plain[len(plain) // 2 :]
-    assert any(
-        not torch.equal(one["input_ids"], other["input_ids"])
-        for one, other in zip(*halves, strict=True)
-        if one["input_ids"].shape == other["input_ids"].shape
-    )
+    assert not any(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(*halves, strict=True))

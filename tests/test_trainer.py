@@ -1,0 +1,456 @@
+"""The trainer: two learning rates, weight decay, validation, whole checkpoints, stopping, and what is exported."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_export import contents, recipe
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.batching import GlobalBatches, as_tensors
+from genrec_llm.errors import ConfigError, ExportError
+from genrec_llm.evaluation import EvalData, rank_recommender
+from genrec_llm.export import Loaded
+from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
+from genrec_llm.recommender import Recommender
+from genrec_llm.runs import Data, build_model, load_data, load_run_data
+from genrec_llm.tasks import MaskedItem, NextItem, Task
+from genrec_llm.trainer import (
+    MANIFEST,
+    GenRecTrainer,
+    describe_launch,
+    is_complete,
+    last_complete_checkpoint,
+    write_manifest,
+)
+
+USERS = 37
+"""Not divisible by the evaluation batches used here."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a log and the base checkpoints."""
+    folder = tmp_path_factory.mktemp("trainer")
+    tiny.save_log(folder / "log.csv", users=USERS)
+    for kind in tiny.KINDS:
+        tiny.save_backbone(kind, folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(home: Path) -> Data:
+    return load_data(DataArguments(dataset=str(home / "log.csv")))
+
+
+@pytest.fixture
+def trainer(home: Path, data: Data, tmp_path: Path) -> Callable[..., GenRecTrainer]:
+    """Builds a trainer of three steps without validation or checkpoints; arguments override that."""
+
+    def build(kind: str = "t5-untied", model: dict[str, Any] | None = None, masks: int = 0, **arguments: Any):
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "max_steps": 3,
+            "global_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 0, "eval_strategy": "no",
+            "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 1, "report_to": "none",
+        }  # fmt: skip
+        training = GenRecTrainingArguments(**(settings | arguments))
+        torch.manual_seed(training.seed)
+        model_args = ModelArguments(backbone=str(home / kind), lora_r=2, **({"lora_dropout": 0.0} | (model or {})))
+        built = build_model(model_args, training, data)
+        task: Task = (
+            MaskedItem(data.train, built.layout, seed=0, masks_per_sequence=masks)
+            if masks
+            else NextItem(data.train, built.layout, seed=0)
+        )
+        return GenRecTrainer(
+            built.model, training, task=task, layout=built.layout, validation=data.held_out("validation")
+        )
+
+    return build
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def moved(trainer: GenRecTrainer) -> set[str]:
+    """Names of the tensors that training changes."""
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    return {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+
+
+def losses(trainer: GenRecTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# --- the optimizer ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["t5-tied", "bart"])
+def test_each_learning_rate_moves_its_own_tensors_and_no_other(trainer, kind: str) -> None:
+    still_rows = moved(trainer(kind, rows_learning_rate=0.0))
+    assert still_rows and all("lora_" in name for name in still_rows)
+    still_adapters = moved(trainer(kind, learning_rate=0.0, rows_learning_rate=1e-2))
+    assert still_adapters and all("id_tokens" in name for name in still_adapters)
+    both = moved(trainer(kind))
+    assert both == still_rows | still_adapters, "by default the rows learn at the rate of the rest"
+
+
+def test_every_trained_tensor_has_its_rate_and_its_decay(trainer) -> None:
+    settings = {"weight_decay": 0.1, "rows_weight_decay": 0.3, "learning_rate": 1e-3, "rows_learning_rate": 2e-3}
+    for model in ({}, {"tuning": "full"}, {"tie_item_rows": False}):
+        built = trainer("t5-tied", model=model, **settings)
+        names = {id(value): name for name, value in built.model.named_parameters()}
+        found: dict[str, tuple[float, float]] = {}
+        for group in built.create_optimizer().param_groups:
+            for parameter in group["params"]:
+                assert names[id(parameter)] not in found, "a tensor in two groups"
+                found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+        assert found.keys() == trainable(built.model).keys()
+        for name, settings_of in found.items():
+            if "id_tokens" in name:
+                assert settings_of == (2e-3, 0.3), name
+            else:
+                undecayed = "layer_norm" in name or "relative_attention_bias" in name
+                assert settings_of == (1e-3, 0.0 if undecayed else 0.1), name
+        assert any("layer_norm" in name for name in found) == ("tuning" in model)
+
+
+def test_the_rows_decay_by_their_own_weight_decay_alone(trainer) -> None:
+    """AdamW with decay w and rate r multiplies by 1 - r w each step before the step itself: seen at rows nobody uses."""
+    rates = {"lr_scheduler_type": "constant", "learning_rate": 0.1, "weight_decay": 0.5, "max_steps": 2}
+    for decay in (0.0, 0.25):
+        built = trainer(model={"row_init": "random"}, rows_weight_decay=decay, **rates)
+        (name,) = (name for name in trainable(built.model) if name.endswith("user_in.weight"))
+        never = np.setdiff1d(np.arange(1, 1 + USERS), used_users(built))
+        assert len(never), "two steps do not touch every user"
+        before = trainable(built.model)[name][never]
+        built.train()
+        torch.testing.assert_close(trainable(built.model)[name][never], before * (1 - 0.1 * decay) ** 2)
+
+
+def used_users(built: GenRecTrainer) -> np.ndarray:
+    first = built.layout.first_user_id
+    ids = [batch["input_ids"][:, 0].numpy() - first for batch in built.get_train_dataloader()]
+    return np.unique(np.concatenate(ids[: built.args.max_steps]))
+
+
+# --- steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masks", [0, 3])
+def test_the_first_loss_is_the_mean_over_the_targets_of_the_first_global_batch(trainer, masks: int) -> None:
+    built = trainer(masks=masks, max_steps=1, global_batch_size=16)
+    batches = GlobalBatches(built.task.lengths, 16, seed=0, shares=1)
+    batch = as_tensors(built.task.batch(0, batches.epoch(0)[0]))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        scores = built.model.eval()(**batch).logits
+    expected = float(F.cross_entropy(scores, labels))
+    assert len(labels) > 16 or not masks
+    built = trainer(masks=masks, max_steps=1, global_batch_size=16, model={"dropout": 0.0})
+    built.train()
+    assert losses(built) == [pytest.approx(expected, rel=1e-4)]  # the log rounds to four digits
+
+
+@pytest.mark.parametrize(("kind", "masks"), [("t5-untied", 0), ("t5-tied", 3), ("bart", 1)])
+def test_accumulation_trains_the_same_weights(trainer, kind: str, masks: int) -> None:
+    """1 x 16 and 4 x 4 examples, whose parts differ in their number of targets. SGD, since Adam's first steps are signs."""
+    runs = [
+        trainer(
+            kind, masks=masks, gradient_accumulation_steps=accumulation, model={"dropout": 0.0}, optim="sgd",
+            learning_rate=0.5, max_steps=6,
+        )
+        for accumulation in (1, 4)
+    ]  # fmt: skip
+    start = trainable(runs[0].model)
+    for run in runs:
+        run.train()
+    whole, parts = (trainable(run.model) for run in runs)
+    for name in start:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+    assert max(float((whole[name] - start[name]).abs().max()) for name in start) > 1e-2
+    np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
+    assert len(losses(runs[0])) == 6
+
+
+def test_the_same_seed_gives_the_same_history_and_another_seed_another(trainer) -> None:
+    histories = []
+    for seed in (0, 0, 1):
+        run = trainer(seed=seed, model={"lora_dropout": 0.3}, max_steps=5)
+        run.train()
+        histories.append(losses(run))
+    assert histories[0] == histories[1] != histories[2]
+    assert len(histories[0]) == 5 and np.isfinite(histories[0]).all()
+
+
+# --- validation ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("batch_size", [8, 256])
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_validation_ranks_are_those_of_the_evaluator(
+    trainer, data: Data, kind: str, batch_size: int, exclude_seen: bool
+) -> None:
+    built = trainer(kind, per_device_eval_batch_size=batch_size, model={"lora_dropout": 0.5, "dropout": 0.5})
+    held_out = data.held_out("validation")
+    assert len(held_out.targets) == USERS
+    for trained in (False, True):
+        if trained:
+            built.train()
+        ranks = built.rank(held_out, exclude_seen=exclude_seen)
+        loaded = Loaded(built.model, None, data.vocab, built.layout, {"kind": "adapter"})  # type: ignore[arg-type]
+        expected = rank_recommender(Recommender(loaded), held_out, exclude_seen=exclude_seen, batch_size=USERS).ranks
+        assert np.array_equal(ranks.better, expected.better) and np.array_equal(ranks.tied, expected.tied)
+        assert ranks.candidates == expected.candidates == data.vocab.num_items
+
+
+def test_the_logged_metrics_are_means_over_every_user_once(trainer, data: Data) -> None:
+    built = trainer(per_device_eval_batch_size=5)
+    metrics = built.evaluate()
+    ranks = built.rank(data.held_out("validation"))
+    assert metrics["eval_ndcg@10"] == float(ndcg(ranks, 10).mean())
+    assert metrics["eval_hit_rate@5"] == float(hit_rate(ranks, 5).mean())
+    assert metrics["eval_mrr"] == float(reciprocal_rank(ranks).mean())
+    assert len(ranks.better) == USERS
+
+
+def test_a_sample_of_validation_users_is_fixed_and_small(data: Data) -> None:
+    sample, again = (data.held_out("validation", sample=10) for _ in range(2))
+    everyone = data.held_out("validation")
+    assert sample.users.tolist() == again.users.tolist() and len(set(sample.users.tolist())) == 10
+    where = {int(user): place for place, user in enumerate(everyone.users)}
+    assert [everyone.targets[where[int(user)]] for user in sample.users] == sample.targets.tolist()
+    assert len(data.held_out("validation", sample=10_000).users) == USERS
+
+
+def scripted(values: list[float]) -> Callable[..., Ranks]:
+    """A `rank` by which validation has the hit rate `values[0]`, then `values[1]`, …"""
+    left = list(values)
+
+    def rank(self: GenRecTrainer, data: EvalData, *, exclude_seen: bool = True) -> Ranks:
+        hits = np.arange(len(data.targets)) < left.pop(0) * len(data.targets)
+        return Ranks(np.where(hits, 0, data.num_items - 1), np.zeros(len(hits), dtype=np.int64), data.num_items)
+
+    return rank
+
+
+EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "global_batch_size": 64}
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (0, 6)])
+def test_training_stops_after_so_many_validations_without_a_better_one(
+    trainer, monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int
+) -> None:
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.8, 0.9, 0.1]))
+    built = trainer(
+        num_train_epochs=6, early_stopping_patience=patience, load_best_model_at_end=True, **EPOCHS
+    )
+    built.train()
+    validations = [entry for entry in built.state.log_history if "eval_ndcg@10" in entry]
+    assert len(validations) == epochs == round(built.state.epoch)
+
+
+def test_the_best_checkpoint_is_what_is_exported(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.4]))
+    run = finetune(home, tmp_path / "run", "--num-train-epochs", 4, "--save-total-limit", 10)
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    assert len(checkpoints) == 4
+    exported = load_file(run / "adapter" / "adapter_model.safetensors")
+    rows = load_file(run / "adapter" / "id_tokens.safetensors")
+    for place, checkpoint in enumerate(checkpoints):
+        state = load_file(checkpoint / "adapter_model.safetensors")
+        same = all(torch.equal(state[name], value) for name, value in exported.items())
+        (name,) = (name for name in state if name.endswith("item_in.weight"))
+        assert same == torch.equal(state[name], rows["item_in"]) == (place == 1)
+    info = json.loads((run / "adapter" / "genrec.json").read_text())
+    assert info["metrics"]["validation_ndcg@10"] == pytest.approx(math.ceil(0.8 * USERS) / USERS)
+
+
+def test_the_exported_model_has_the_metric_that_is_written_beside_it(home: Path, tmp_path: Path) -> None:
+    run = finetune(home, tmp_path / "run", "--num-train-epochs", 3)
+    held_out = load_run_data(run).held_out("validation")
+    ranks = rank_recommender(Recommender.from_pretrained(run / "adapter"), held_out, exclude_seen=True).ranks
+    info = json.loads((run / "adapter" / "genrec.json").read_text())
+    assert info["metrics"]["validation_ndcg@10"] == pytest.approx(float(ndcg(ranks, 10).mean()), abs=1e-9)
+    history = json.loads((run / "log_history.json").read_text())
+    best = max(entry["eval_ndcg@10"] for entry in history if "eval_ndcg@10" in entry)
+    assert info["metrics"]["validation_ndcg@10"] == best
+
+
+# --- checkpoints ----------------------------------------------------------
+
+
+def finetune(home: Path, out: Path, *arguments: object) -> Path:
+    recipe(
+        "finetune", "--dataset", home / "log.csv", "--backbone", home / "t5-untied", "--output-dir", out,
+        "--use_cpu", "--disable_tqdm", "true", "--global-batch-size", 64, "--lora-r", 2, "--learning-rate", "1e-2",
+        *arguments,
+    )  # fmt: skip
+    return out
+
+
+STEPS = ("--max-steps", 6, "--eval-strategy", "no", "--load-best-model-at-end", "false", "--save-strategy", "steps",
+         "--save-steps", 2, "--save-total-limit", 9, "--logging-steps", 1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(home: Path) -> Path:
+    """A finished run with checkpoints at steps 2, 4 and 6."""
+    return finetune(home, home / "whole", *STEPS)
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(content[:-1])
+
+
+def changed_byte(folder: Path) -> None:
+    content = bytearray((folder / "optimizer.pt").read_bytes())
+    content[-100] ^= 1
+    (folder / "optimizer.pt").write_bytes(content)
+
+
+def lost_file(folder: Path) -> None:
+    (folder / "scheduler.pt").unlink()
+
+
+DAMAGES = [
+    no_manifest,
+    pytest.param(
+        cut_manifest, marks=pytest.mark.xfail(strict=True, reason="DataError of the manifest instead of a warning")
+    ),
+    cut_weights,
+    changed_byte,
+    lost_file,
+]
+
+
+def test_a_manifest_lists_every_file_of_a_checkpoint(whole_run: Path) -> None:
+    for step in (2, 4, 6):
+        folder = whole_run / f"checkpoint-{step}"
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        assert set(listed) == set(contents(folder)) - {MANIFEST} and "adapter_model.safetensors" in listed
+        assert is_complete(folder)
+    assert last_complete_checkpoint(whole_run) == str(whole_run / "checkpoint-6")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_is_not_whole_is_skipped_with_a_warning(
+    whole_run: Path, damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    damage(run / "checkpoint-6")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "checkpoint-6 is not whole" in record.getMessage()
+    for step in (2, 4):
+        no_manifest(run / f"checkpoint-{step}")
+    assert last_complete_checkpoint(run) is None
+
+
+def test_checkpoints_are_ordered_by_number_and_other_folders_are_none(tmp_path: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-old", "adapter"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_complete_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("damage", [no_manifest, cut_weights])
+def test_training_goes_on_from_the_whole_checkpoint_before_and_ends_with_the_same_model(
+    home: Path, whole_run: Path, damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "adapter")
+    damage(run / "checkpoint-6")
+    finetune(home, run, *STEPS)
+    assert f"going on from {run / 'checkpoint-4'}" in capsys.readouterr().out
+    for name in ("adapter_model.safetensors", "id_tokens.safetensors"):
+        assert (run / "adapter" / name).read_bytes() == (whole_run / "adapter" / name).read_bytes()
+    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (whole_run, run)]
+    first, second = ([entry["loss"] for entry in history if "loss" in entry] for history in histories)
+    assert first == second and len(first) == 6
+    assert is_complete(run / "checkpoint-6"), "written anew"
+
+
+def test_a_finished_run_that_is_started_again_trains_nothing_and_exports_the_same(
+    home: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    before = (contents(run / "adapter"), contents(run / "checkpoint-6"))
+    finetune(home, run, *STEPS)
+    assert (contents(run / "adapter"), contents(run / "checkpoint-6")) == before
+
+
+def test_a_run_that_has_moved_still_exports_its_best_checkpoint(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = ("--num-train-epochs", 4, "--save-total-limit", 10)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.4]))
+    finetune(home, tmp_path / "there", *epochs)
+    expected = contents(tmp_path / "there" / "adapter")["id_tokens.safetensors"]
+    shutil.move(tmp_path / "there", tmp_path / "here")
+    shutil.rmtree(tmp_path / "here" / "adapter")
+    last = max((tmp_path / "here").glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    shutil.rmtree(last)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.4]))
+    finetune(home, tmp_path / "here", *epochs)
+    assert contents(tmp_path / "here" / "adapter")["id_tokens.safetensors"] == expected
+
+
+def test_tensors_that_were_not_gathered_are_never_saved(trainer, tmp_path: Path) -> None:
+    built = trainer()
+    state = dict(built.model.state_dict())
+    name = next(name for name in state if "lora_A" in name)
+    with pytest.raises(ExportError, match="not gathered whole") as caught:
+        built._save(str(tmp_path / "saved"), state | {name: torch.empty(0)})
+    assert name in str(caught.value) and not list((tmp_path / "saved").iterdir())
+
+
+# --- the launch ------------------------------------------------------------
+
+
+def test_the_launch_is_described_and_broken_promises_are_refused_together(
+    trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = trainer(gradient_accumulation_steps=2)
+    facts = describe_launch(built)
+    assert facts == {
+        "strategy": "NO", "world_size": 1, "device": "cpu", "precision": "fp32", "global_batch_size": 16,
+        "accumulation": 2,
+    }  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError) as caught:
+        describe_launch(built)
+    assert len(caught.value.problems) == 2
+    assert "4 processes were started" in str(caught.value) and "DeepSpeed was asked for" in str(caught.value)
