@@ -84,9 +84,7 @@ class ModelArguments:
 
     backbone: str = field(
         default="google/flan-t5-small",
-        metadata={
-            "help": "Checkpoint folder or Hub name of the T5 family or BART; with random weights also t5-micro, …"
-        },
+        metadata={"help": "Folder or Hub name of a T5 or BART checkpoint; with random weights also t5-micro, …"},
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     backbone_init: str = field(default="pretrained", metadata={"help": "pretrained, or random: fresh weights."})
@@ -136,6 +134,7 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with this project's defaults and what its tasks need."""
 
     output_dir: str = field(default="runs/run", metadata={"help": "The run directory: checkpoints, logs, artifacts."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU; so it is where no GPU is found."})
     global_batch_size: int = field(
         default=256,
         metadata={"help": "Examples a step over all processes and accumulation steps; shared out by length."},
@@ -196,8 +195,8 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         problems = [*_one_of("targets", self.targets, ("all", "last"))]
         if self.fp16:
             problems.append(
-                "fp16: T5 overflows to NaN in fp16 (transformers issue 23918), and BART gains nothing from it here: use --bf16 "
-                "on a GPU that has it (Ampere or newer), or neither for fp32"
+                "fp16: T5 overflows to NaN in fp16 (transformers issue 23918): use --bf16 on a GPU that has it (Ampere or "
+                "newer), or neither for fp32"
             )
         _raise(problems)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
@@ -257,7 +256,7 @@ class EvaluateArguments:
 
 
 def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parse a command line into dataclasses; `--config file.yaml` sets defaults that the other flags override.
+    """Parse a command line into dataclasses; `--config file.yaml` sets defaults that other flags override.
 
     A YAML file may begin with comments on how to launch it and holds one flat mapping of field names to values.
 
@@ -272,7 +271,7 @@ def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[
         list(classes), description="See the recipe's docstring for the launch command.", allow_abbrev=False
     )
     parser.add_argument("--config", help="YAML file of defaults for the flags below.")
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = _refuse
     if chosen.config == "":
         raise ConfigError("--config: the name of a YAML file is missing behind it")
     known = {entry.name for cls in classes for entry in dataclasses.fields(cls) if entry.init}

@@ -217,7 +217,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def restore(model: nn.Module, folder: Path) -> None:
+def restore(model: GenRecBackbone | PeftModel, folder: Path) -> None:
     """Continue from an exported directory: copy its adapters (or backbone) and rows into `model`.
 
     Raises:

@@ -118,7 +118,7 @@ class GenRecBackbone(PreTrainedModel):
         new = torch.where((index < num_items).unsqueeze(-1), items, users)
         return torch.where((index >= 0).unsqueeze(-1), new.to(embedded.dtype), embedded)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -264,7 +264,9 @@ def load_backbone(
         config = _load_config(name, revision)
         # transformers 5 makes an empty tokenizer for a T5 folder that has none, and says nothing.
         if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
-            raise ConfigError(f"backbone: {name!r} has no tokenizer that loads: add one of {', '.join(TOKENIZER_FILES)}")
+            raise ConfigError(
+                f"backbone: {name!r} has no tokenizer that loads: add one of {', '.join(TOKENIZER_FILES)}"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         except (OSError, ValueError) as error:

@@ -74,7 +74,7 @@ class Recommender:
         if exclude_seen:
             scores = mask_seen(scores, [indices])
         items, values = top_items(scores, k)
-        titles = self.vocab.items["title"] if "title" in self.vocab.items else None
+        titles = self.vocab.items.get("title")
         return [
             Recommendation(self.vocab.item_id(item), value, None if titles is None else titles.iloc[item])
             for item, value in zip(items[0].tolist(), values[0].tolist(), strict=True)

@@ -66,7 +66,7 @@ class Data:
         chosen = np.arange(len(sequences))
         if 0 < sample < len(chosen):
             chosen = np.sort(np.random.default_rng(0).permutation(len(chosen))[:sample])
-        histories = [sequences[user] for user in chosen]
+        histories = [sequences[int(user)] for user in chosen]
         return EvalData(
             users=sequences.users[chosen],
             histories=histories,
@@ -98,7 +98,7 @@ def load_data(args: DataArguments) -> Data:
         interactions.catalogue,
         splits["train"]["user"],
         seed=args.id_seed,
-        user_mode=args.users,
+        user_mode=args.users,  # type: ignore[arg-type]  # its __post_init__ has checked it
         user_buckets=args.user_buckets,
     )
     held_out = ("validation", "test")
@@ -132,7 +132,12 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         dtype=torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32,
         dropout=args.dropout,
     )
-    layout = prompt_layout(tokenizer, data.vocab, max_history=data.max_history, decoder_prompt=args.decoder_prompt)
+    layout = prompt_layout(
+        tokenizer,
+        data.vocab,
+        max_history=data.max_history,
+        decoder_prompt=args.decoder_prompt,  # type: ignore[arg-type]
+    )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < data.max_history + 3:
         raise ConfigError(
@@ -145,7 +150,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         data.vocab,
         layout,
         data.train,
-        method=args.row_init,
+        method=args.row_init,  # type: ignore[arg-type]
         pretrained=args.backbone_init == "pretrained",
         tie=args.tie_item_rows,
         seed=training.seed,

@@ -15,7 +15,7 @@ from accelerate import DistributedType
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerControl
 
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
@@ -43,6 +43,8 @@ class GenRecTrainer(Seq2SeqTrainer):
     """
 
     args: GenRecTrainingArguments
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -87,15 +89,16 @@ class GenRecTrainer(Seq2SeqTrainer):
                 key = (self.args.learning_rate, self.args.weight_decay if name in decay else 0.0)
             groups.setdefault(key, []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(
+        optimizer: torch.optim.Optimizer = optimizer_class(
             [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()],
             **settings,
         )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self,
         eval_dataset: EvalData | None = None,
         ignore_keys: list[str] | None = None,
@@ -132,9 +135,9 @@ class GenRecTrainer(Seq2SeqTrainer):
             better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
             found[start : start + len(users)] = torch.stack([torch.from_numpy(users), better.cpu(), tied.cpu()], dim=1)
         gathered = self.accelerator.gather(found.to(self.args.device)).cpu().numpy()
-        better, tied = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
-        better[gathered[:, 0]], tied[gathered[:, 0]] = gathered[:, 1], gathered[:, 2]
-        return Ranks(better=better, tied=tied, candidates=data.num_items)
+        counts = np.zeros((2, len(order)), dtype=np.int64)
+        counts[:, gathered[:, 0]] = gathered[:, 1:].T
+        return Ranks(better=counts[0], tied=counts[1], candidates=data.num_items)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -115,7 +115,9 @@ def test_the_number_of_steps_is_constant_and_batches_differ_by_one_example_at_mo
 
 @pytest.mark.parametrize(("examples", "size", "shares"), [(100, 4, 8), (9, 8, 8), (3, 8, 4)])
 def test_a_global_batch_that_cannot_be_shared_out_is_refused(examples: int, size: int, shares: int) -> None:
-    with pytest.raises(ConfigError, match=f"global_batch_size: {size} examples .* cannot be shared by {shares} processes"):
+    with pytest.raises(
+        ConfigError, match=f"global_batch_size: {size} examples .* cannot be shared by {shares} processes"
+    ):
         GlobalBatches(Echo(examples).lengths, size, seed=0, shares=shares)
 
 

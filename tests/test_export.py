@@ -1,4 +1,4 @@
-"""The adapter and merged directories: their files, the parity that guards them, and plain PEFT and transformers on them."""
+"""The adapter and merged directories: their files, the parity that guards them, plain PEFT and transformers on them."""
 
 from __future__ import annotations
 

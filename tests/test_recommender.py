@@ -129,9 +129,7 @@ def test_scores_do_not_depend_on_who_else_is_asked_about(recommender: Recommende
     histories = [np.arange(length) for length in (0, 1, 5, 2)]
     users = np.array([0, 4, 0, 2])
     together = recommender.scores(histories, users)
-    alone = [
-        recommender.scores([history], users[place : place + 1])[0] for place, history in enumerate(histories)
-    ]
+    alone = [recommender.scores([history], users[place : place + 1])[0] for place, history in enumerate(histories)]
     np.testing.assert_allclose(together, np.stack(alone), **ROUNDING)
 
 
@@ -163,5 +161,5 @@ def test_a_directory_that_is_no_model_is_refused_with_what_to_give(runs: dict[st
     with pytest.raises(ConfigError, match="no such directory: give an adapter/ or merged/"):
         Recommender.from_pretrained(tmp_path / "absent")
     for folder in (tmp_path, runs["t5-tied"]):
-        with pytest.raises(ConfigError, match="no genrec.json: not a directory that genrec_llm exported"):
+        with pytest.raises(ConfigError, match=r"no genrec\.json: not a directory that genrec_llm exported"):
             Recommender.from_pretrained(folder)

@@ -130,7 +130,7 @@ def test_every_trained_tensor_has_its_rate_and_its_decay(trainer) -> None:
 
 
 def test_the_rows_decay_by_their_own_weight_decay_alone(trainer) -> None:
-    """AdamW with decay w and rate r multiplies by 1 - r w each step before the step itself: seen at rows nobody uses."""
+    """AdamW with decay w and rate r multiplies by 1 - r w each step: seen alone at rows that nobody uses."""
     rates = {"lr_scheduler_type": "constant", "learning_rate": 0.1, "weight_decay": 0.5, "max_steps": 2}
     for decay in (0.0, 0.25):
         built = trainer(model={"row_init": "random"}, rows_weight_decay=decay, **rates)
@@ -168,7 +168,7 @@ def test_the_first_loss_is_the_mean_over_the_targets_of_the_first_global_batch(t
 
 @pytest.mark.parametrize(("kind", "masks"), [("t5-untied", 0), ("t5-tied", 3), ("bart", 1)])
 def test_accumulation_trains_the_same_weights(trainer, kind: str, masks: int) -> None:
-    """1 x 16 and 4 x 4 examples, whose parts differ in their number of targets. SGD, since Adam's first steps are signs."""
+    """1 x 16 and 4 x 4 examples, whose parts differ in targets. SGD, since the first steps of Adam are mere signs."""
     runs = [
         trainer(
             kind, masks=masks, gradient_accumulation_steps=accumulation, model={"dropout": 0.0}, optim="sgd",
@@ -257,17 +257,13 @@ def test_training_stops_after_so_many_validations_without_a_better_one(
     trainer, monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int
 ) -> None:
     monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.8, 0.9, 0.1]))
-    built = trainer(
-        num_train_epochs=6, early_stopping_patience=patience, load_best_model_at_end=True, **EPOCHS
-    )
+    built = trainer(num_train_epochs=6, early_stopping_patience=patience, load_best_model_at_end=True, **EPOCHS)
     built.train()
     validations = [entry for entry in built.state.log_history if "eval_ndcg@10" in entry]
     assert len(validations) == epochs == round(built.state.epoch)
 
 
-def test_the_best_checkpoint_is_what_is_exported(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_checkpoint_is_what_is_exported(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.4]))
     run = finetune(home, tmp_path / "run", "--num-train-epochs", 4, "--save-total-limit", 10)
     checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))

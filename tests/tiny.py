@@ -17,6 +17,8 @@ from genrec_llm.model import GenRecUntiedT5, bare_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ("t5-tied", "t5-untied", "bart")
+OFFLINE = "1"
+"""HF_HUB_OFFLINE of the commands that tests start."""
 PADDED = 5
 """Rows of the tiny matrices beyond the tokenizer, as T5's 32,128 rows for 32,100 tokens."""
 

@@ -1,0 +1,113 @@
+"""Everything that only a GPU can show, in one run; results as json.
+
+    python tools/gpu_check.py --data-dir ../shared/data --out docs/results/gpu.json
+    python tools/gpu_check.py --shape small --steps 5 --data-dir ../shared/data --out /tmp/gpu.json   # on a CPU, to try it
+
+Now: both stages on a backbone of Flan-T5-XL's published shape with random bf16 weights, LoRA r=16, Amazon Beauty: peak
+memory, examples and tokens a second, losses. Needs torch, transformers, peft, accelerate, datasets; no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import T5Config, TrainerCallback, set_seed
+
+from genrec_llm.args import DataArguments, GenRecTrainingArguments
+from genrec_llm.files import write_json
+from genrec_llm.model import GenRecUntiedT5, add_id_words, add_lora, bare_tokenizer, prompt_layout
+from genrec_llm.rows import initial_rows
+from genrec_llm.runs import Data, load_data, provenance
+from genrec_llm.tasks import MaskedItem, NextItem
+from genrec_llm.trainer import GenRecTrainer
+
+SHAPES: dict[str, dict[str, int]] = {
+    "xl": {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 32},
+    "small": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
+}
+"""Published geometry of google/flan-t5-xl, and one that a CPU runs through."""
+
+
+class Clock(TrainerCallback):
+    """Times the steps after a warm-up that compiles kernels and fills the allocator."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up, self.started, self.seconds = warm_up, 0.0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if state.global_step == self.warm_up:
+            self.started = now
+        self.seconds = now - self.started
+
+
+def measure(stage: str, data: Data, shape: str, steps: int, batch: int) -> dict[str, Any]:
+    """Train one stage for some steps."""
+    set_seed(0)
+    cuda = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        training = GenRecTrainingArguments(
+            output_dir=folder, max_steps=steps, global_batch_size=batch, bf16=cuda, learning_rate=3e-4,
+            rows_learning_rate=1e-3, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+            logging_steps=max(1, steps // 5),
+        )  # fmt: skip
+        tokenizer = bare_tokenizer("t5")
+        with torch.device("cuda" if cuda else "cpu"):
+            config = T5Config(
+                **SHAPES[shape], vocab_size=32128, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+            )
+            model = GenRecUntiedT5._from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+        layout = prompt_layout(tokenizer, data.vocab, max_history=data.max_history)
+        rows, _ = initial_rows(model, tokenizer, data.vocab, layout, data.train)
+        model.add_id_tokens(rows, layout.base)
+        add_id_words(tokenizer, data.vocab)
+        adapted = add_lora(model, r=16, alpha=32, dropout=0.05, targets=None, base_name="random", revision=None)
+        task = (MaskedItem if stage == "pretrain" else NextItem)(data.train, layout, seed=0)
+        trainer = GenRecTrainer(adapted, training, task=task, layout=layout, validation=None)
+        clock = Clock(warm_up=max(1, steps // 5))
+        trainer.add_callback(clock)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    timed = steps - clock.warm_up
+    return {
+        "stage": stage,
+        "shape": shape,
+        "parameters": sum(p.numel() for p in adapted.parameters()),
+        "trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "precision": "bf16" if cuda else "fp32",
+        "global_batch_size": batch,
+        "steps": steps,
+        "losses": losses,
+        "examples_per_second": round(timed * batch / clock.seconds, 1) if cuda else None,
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+    }
+
+
+def main() -> None:
+    """Run the checks and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True, help="folder of the Beauty files")
+    parser.add_argument("--out", type=Path, required=True, help="json file of results")
+    parser.add_argument("--shape", choices=SHAPES, default="xl")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=256, help="examples a step")
+    args = parser.parse_args()
+    data = load_data(DataArguments(dataset="amazon-beauty", data_dir=args.data_dir))
+    results = [measure(stage, data, args.shape, args.steps, args.batch) for stage in ("pretrain", "finetune")]
+    write_json(args.out, {**provenance(), "results": results})
+    for result in results:
+        print(result)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
