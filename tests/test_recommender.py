@@ -11,7 +11,7 @@ import torch
 from test_export import ITEMS, recipe, train
 
 from genrec_llm.decoding import mask_seen, top_items
-from genrec_llm.errors import ConfigError, DataError
+from genrec_llm.errors import ConfigError, DataError, GenRecError
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import load_run_data
 
@@ -93,6 +93,16 @@ def test_more_items_than_there_are_gives_those_there_are(recommender: Recommende
     assert len(recommender.recommend(["i1"], k=10_000, exclude_seen=False)) == ITEMS
     assert len(recommender.recommend(["i1", "i1", "i2"], k=10_000)) == ITEMS - 2
     assert recommender.recommend([f"i{number}" for number in range(30)] + ["cold"], k=5) == []
+
+
+def test_no_items_are_none(recommender: Recommender) -> None:
+    assert recommender.recommend(["i1"], k=0) == []
+
+
+@pytest.mark.xfail(strict=True, reason="k counts from the end of the catalogue, as a slice does")
+def test_fewer_than_no_items_are_refused(recommender: Recommender) -> None:
+    with pytest.raises(GenRecError, match="-1"):
+        recommender.recommend(["i1"], k=-1)
 
 
 def test_items_that_the_model_does_not_know_are_named(recommender: Recommender) -> None:
