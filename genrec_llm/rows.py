@@ -49,8 +49,8 @@ def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: i
 
     `C[i, j]` adds 1 / distance for every time i and j stand in one history at most `WINDOW` positions apart, normalised
     as `C / sqrt(degree_i degree_j)` with 0.5 on the diagonal; a row is the item's left singular vector times the singular
-    values. Rows of items that follow one another are near each other: ranked by the last item's row alone, they are as
-    good as item-kNN on Beauty (docs/results/initial_rows.md), where plain co-occurrence counts reach two thirds of it.
+    values. Rows of items that follow one another are near each other: ranking by the last item's row alone comes up to
+    item-kNN on Beauty before any training (`tools/initial_rows.py`).
     """
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths())
     near = sp.csr_array((num_items, num_items), dtype=np.float64)
