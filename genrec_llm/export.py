@@ -8,53 +8,42 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
-from genrec_llm.errors import ConfigError, ExportError
+from genrec_llm.errors import ExportError
 from genrec_llm.files import atomic_directory, read_json, write_json
-from genrec_llm.model import (
-    FAMILIES,
-    GenRecBackbone,
-    IdTokens,
-    add_lora,
-    id_tokens_of,
-    load_backbone,
-    unwrapped,
+from genrec_llm.loading import (
+    ADAPTER,
+    FORMAT_VERSION,
+    INFO_FILE,
+    MERGED,
+    ROWS_FILE,
+    TRAINED,
+    WEIGHTS_FILE,
+    Loaded,
+    load_merged,
 )
+from genrec_llm.model import GenRecBackbone, id_tokens_of, unwrapped
 from genrec_llm.rows import embed_scale, head_scale
 from genrec_llm.tasks import PromptLayout
 from genrec_llm.vocab import IdVocab
 
-logger = logging.getLogger(__name__)
-FORMAT_VERSION = 1
-ROWS_FILE = "id_tokens.safetensors"
-WEIGHTS_FILE = "model.safetensors"
-INFO_FILE = "genrec.json"
-ADAPTER, TRAINED, MERGED = "adapter", "trained", "merged"
-"""Directory names in a run, and the `kind` in their genrec.json. "trained" is full tuning's state, not for sharing."""
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""How far scores of trained and merged weights may lie apart, as a share of the largest score: adapters beside a weight
+round otherwise than added to it, once a layer; fp32 has 24 bits, bf16 has 8."""
 
 
 def versions() -> dict[str, str]:
@@ -174,164 +163,6 @@ def _card(kind: str, info: Mapping[str, Any], layout: PromptLayout) -> str:
     return "\n".join(lines)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_info(folder: Path, *kinds: str) -> dict[str, Any]:
-    """genrec.json of a directory.
-
-    Raises:
-        ConfigError: not a directory of one of `kinds`, or of another format version.
-    """
-    if not (folder / INFO_FILE).is_file():
-        raise ConfigError(
-            f"{folder}: no {INFO_FILE}: not a directory that genrec_llm exported; expected one of {kinds}"
-        )
-    info = read_json(folder / INFO_FILE)
-    if info["format_version"] != FORMAT_VERSION:
-        raise ConfigError(f"{folder}: format version {info['format_version']}, this genrec_llm reads {FORMAT_VERSION}")
-    if info["kind"] not in kinds:
-        raise ConfigError(f"{folder}: holds a model of kind {info['kind']!r}, expected {' or '.join(kinds)}")
-    return info
-
-
-def trained_directory(run: Path) -> Path:
-    """The adapter (or full tuning's trained) directory of a finished run.
-
-    Raises:
-        ConfigError: the run has none.
-    """
-    for kind in (ADAPTER, TRAINED):
-        if (run / kind / INFO_FILE).is_file():
-            return run / kind
-    raise ConfigError(f"{run}: holds no finished model ({ADAPTER}/ or {TRAINED}/): finish its training first")
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path}: not readable ({error}): the file is missing or was cut short; copy it again"
-        ) from error
-
-
-def restore(model: GenRecBackbone | PeftModel, folder: Path) -> None:
-    """Continue from an exported directory: copy its adapters (or backbone) and rows into `model`.
-
-    Raises:
-        ConfigError: rank, alpha, targets, rows or prompt differ from what `model` has; all differences at once.
-    """
-    lora = isinstance(model, PeftModel)
-    read_info(folder, ADAPTER if lora else TRAINED)
-    tensors, metadata = _read_tensors(folder / ROWS_FILE)
-    rows, tied = id_tokens_of(model), "tied_scale" in metadata
-    problems = []
-    for name, table in (("item_in", rows.item_in), ("user_in", rows.user_in)):
-        if tensors[name].shape != (table.num_embeddings, table.embedding_dim):
-            problems.append(f"{folder}: {name} is {list(tensors[name].shape)}, this run's {list(table.weight.shape)}")
-    if tied != rows.tied:
-        problems.append(f"{folder}: tie_item_rows was {tied} there: set it so here")
-    if lora:
-        theirs, ours = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
-        for key in ("r", "lora_alpha"):
-            if getattr(theirs, key) != getattr(ours, key):
-                problems.append(f"{folder}: {key} was {getattr(theirs, key)}, this run's is {getattr(ours, key)}")
-        if set(theirs.target_modules) != set(ours.target_modules):
-            problems.append(
-                f"{folder}: adapters were on {sorted(theirs.target_modules)}, here {sorted(ours.target_modules)}"
-            )
-    if problems:
-        raise ConfigError(problems)
-    with torch.no_grad():
-        rows.item_in.weight.copy_(tensors["item_in"])
-        rows.user_in.weight.copy_(tensors["user_in"])
-        if rows.item_out.scale is not None:
-            rows.item_out.scale.fill_(float(metadata["tied_scale"]))
-        else:
-            rows.item_out.weight.copy_(tensors["item_out"])
-    if lora:
-        state, _ = _read_tensors(folder / "adapter_model.safetensors")
-        # PEFT asks for what `modules_to_save` names as well.
-        state |= {f"base_model.model.id_tokens.{name}": value for name, value in rows.state_dict().items()}
-        set_peft_model_state_dict(model, state)
-    else:
-        state, _ = _read_tensors(folder / WEIGHTS_FILE)
-        model.load_state_dict(state, strict=False)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model from an exported directory, with what its ids mean."""
-
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    vocab: IdVocab
-    layout: PromptLayout
-    info: dict[str, Any]
-
-
-def _identity(folder: Path) -> tuple[PreTrainedTokenizerBase, IdVocab, PromptLayout]:
-    layout = PromptLayout.from_dict(read_json(folder / INFO_FILE)["prompt"])
-    return AutoTokenizer.from_pretrained(folder), IdVocab.load(folder), layout
-
-
-def load_trained(folder: Path, *, backbone: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load an adapter directory on its freshly loaded base, or full tuning's trained directory.
-
-    Args:
-        backbone: where the base is now, when it is not where the adapter says.
-
-    Raises:
-        ConfigError: the base has another vocabulary or width than the one trained on, or files are cut short.
-    """
-    info = read_info(folder, ADAPTER, TRAINED)
-    tokenizer, vocab, layout = _identity(folder)
-    tensors, metadata = _read_tensors(folder / ROWS_FILE)
-    base_name = backbone or info["base_model"]["name"]
-    if info["kind"] == ADAPTER:
-        model, base_tokenizer = load_backbone(base_name, revision=info["base_model"]["revision"], dtype=dtype)
-        problems = []
-        if len(base_tokenizer) != layout.base:
-            problems.append(f"its tokenizer has {len(base_tokenizer)} tokens, the adapter was trained on {layout.base}")
-        if model.config.d_model != tensors["item_in"].shape[1]:
-            problems.append(f"its width is {model.config.d_model}, the id rows have {tensors['item_in'].shape[1]}")
-        if model.config.model_type != info["base_model"]["type"]:
-            problems.append(f"it is of type {model.config.model_type}, the adapter of {info['base_model']['type']}")
-        if problems:
-            raise ConfigError(
-                [f"{folder}: backbone {base_name!r} is not the one it was trained on: {p}" for p in problems]
-            )
-    else:
-        config = AutoConfig.from_pretrained(folder)
-        model = FAMILIES[config.model_type][0](config).to(dtype)
-    item_out = None if "tied_scale" in metadata else tensors["item_out"]
-    model.add_id_tokens(IdTokens(tensors["item_in"], tensors["user_in"], item_out), layout.base)
-    whole: GenRecBackbone | PeftModel = model
-    if info["kind"] == ADAPTER:
-        lora = PeftConfig.from_pretrained(str(folder))
-        whole = add_lora(
-            model,
-            r=lora.r,
-            alpha=lora.lora_alpha,
-            dropout=lora.lora_dropout,
-            targets=sorted(lora.target_modules),
-            base_name=base_name,
-            revision=lora.revision,
-        )
-    restore(whole, folder)
-    return Loaded(whole.eval(), tokenizer, vocab, layout, info)
-
-
-def load_merged(folder: Path, *, dtype: torch.dtype | None = None) -> Loaded:
-    """Load a merged directory with `transformers`' own classes."""
-    info = read_info(folder, MERGED)
-    tokenizer, vocab, layout = _identity(folder)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype or "auto").eval()
-    return Loaded(model, tokenizer, vocab, layout, info)
-
-
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
@@ -383,8 +214,8 @@ def merge(
 
     Returns:
         The parity: `max_score_difference`, `top_n_agreement` (share of positions where the bare `generate` of the merged
-        model and the one-step path of the trained one name the same item, or items whose scores differ by less than the
-        largest difference), `samples`, `n`.
+        model and the one-step path of the trained one name the same item, or items that the trained one scores alike
+        as far as `ROUNDING` lets one tell), `samples`, `n`.
 
     Raises:
         ExportError: parity is above tolerance, or the directory cannot be written.
@@ -409,7 +240,7 @@ def merge(
     }
     if "t5" in backbone.config.model_type:
         config["scale_decoder_outputs"] = False
-    for key in ("forced_eos_token_id", "forced_bos_token_id", "task_specific_params"):
+    for key in ("forced_eos_token_id", "forced_bos_token_id", "task_specific_params", "_name_or_path"):
         config.pop(key, None)
     words = trained.tokenizer
     if without_users:
@@ -420,13 +251,12 @@ def merge(
         generation_config(layout).save_pretrained(folder)
         info = {key: value for key, value in trained.info.items() if key not in ("kind", "prompt", "versions")}
         _write_common(folder, MERGED, words, trained.vocab, layout, info)
-        parity = compare(load_merged(folder), batch, expected, n)
-        tolerance = 1e-3 if backbone.dtype == torch.float32 else 0.05
-        largest = float(expected.abs().max())
-        if parity["max_score_difference"] > tolerance * max(1.0, largest) or parity["top_n_agreement"] < 1.0:
+        tolerance = ROUNDING[backbone.dtype] * max(1.0, float(expected.abs().max()))
+        parity = compare(load_merged(folder), batch, expected, n, tolerance)
+        if parity["max_score_difference"] > tolerance or parity["top_n_agreement"] < 1.0:
             raise ExportError(
                 f"{out}: the merged model does not say the same as the trained one ({parity}; tolerance "
-                f"{tolerance:g} of the largest score {largest:.3g}); nothing was written. Merge in float32"
+                f"{tolerance:.3g}); nothing was written. Merge in float32"
             )
         write_json(folder / INFO_FILE, {**read_json(folder / INFO_FILE), "parity": parity})
     return parity
@@ -461,18 +291,18 @@ def generation_config(layout: PromptLayout) -> GenerationConfig:
     )
 
 
-def compare(merged: Loaded, batch: dict[str, Tensor], expected: Tensor, n: int) -> dict[str, float]:
+def compare(merged: Loaded, batch: dict[str, Tensor], expected: Tensor, n: int, tolerance: float) -> dict[str, float]:
     """Parity of a merged model with the scores `[batch, items]` of the model it came from; see `merge`."""
     n = min(n, merged.layout.num_items)
     scores = one_step_scores(merged.model, batch, merged.layout)
-    difference = float((scores - expected).abs().max())
     generated, _ = generate_top_n(merged.model, batch, merged.layout, n)
     wanted, values = top_items(expected, n)
     reached = expected.gather(1, generated.clamp(min=0)).masked_fill(generated < 0, -math.inf)
-    agreement = float(((generated == wanted) | ((reached - values).abs() <= 2 * difference)).float().mean())
+    # Where no score is off by more than the tolerance, items that change places lie within two of it.
+    same = (generated == wanted) | ((reached - values).abs() <= 2 * tolerance)
     return {
-        "max_score_difference": difference,
-        "top_n_agreement": agreement,
+        "max_score_difference": float((scores - expected).abs().max()),
+        "top_n_agreement": float(same.float().mean()),
         "samples": len(expected),
         "n": n,
     }

@@ -5,20 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from genrec_llm.errors import DataError, ExportError
 
 
-def _failed(path: Path, error: OSError) -> ExportError:
-    return ExportError(
-        f"{path}: could not be written ({error.strerror or error}); what was there before is untouched. "
-        "Free some space or choose another place, then run the same command again."
-    )
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a full or forbidden disk raises in the block into an error that names `path` and the mend.
+
+    Raises:
+        ExportError: the operating system, or safetensors (whose error is no OSError), could not write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' text
+        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        raise ExportError(
+            f"{path}: could not be written ({reason}); what was there before is untouched. "
+            "Free some space or choose another place, then run the same command again."
+        ) from error
 
 
 @contextmanager
@@ -31,11 +45,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _failed(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -52,13 +65,12 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _failed(path, error) from error
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                os.replace(path, replaced)
+            os.replace(temporary, path)
     finally:
         if replaced.exists() and not path.exists():
             os.replace(replaced, path)

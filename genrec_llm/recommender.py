@@ -17,7 +17,7 @@ from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n, mask_seen, one_step_scores, top_items
 from genrec_llm.errors import ConfigError
 from genrec_llm.evaluation import EvalData
-from genrec_llm.export import ADAPTER, MERGED, TRAINED, Loaded, load_merged, load_trained, read_info
+from genrec_llm.loading import ADAPTER, MERGED, TRAINED, Loaded, load_merged, load_trained, read_info
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ class Recommender:
         """The `k` best next items after a history of raw item ids, oldest first; fewer where fewer are eligible.
 
         Raises:
+            ConfigError: `k` is less than 1.
             DataError: the history has items that the model does not know.
         """
+        if k < 1:
+            raise ConfigError(f"k: {k} items cannot be recommended: ask for at least 1")
         indices = self.vocab.encode_items(history)
         scores = self.score_tensor([indices], np.zeros(1, dtype=np.int64))
         if exclude_seen:

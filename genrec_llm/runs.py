@@ -22,16 +22,20 @@ from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArgumen
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError
 from genrec_llm.evaluation import EvalData
-from genrec_llm.export import (
+from genrec_llm.export import export_trained, versions
+from genrec_llm.files import read_json, sha256_file, write_json
+from genrec_llm.loading import (
     ADAPTER,
+    MERGED,
+    ROWS_FILE,
     TRAINED,
-    export_trained,
-    read_info,
+    BaseModel,
+    differences,
+    fingerprint,
+    open_directory,
     restore,
     trained_directory,
-    versions,
 )
-from genrec_llm.files import read_json, write_json
 from genrec_llm.model import GenRecBackbone, add_id_words, add_lora, load_backbone, prompt_layout
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import load_interactions
@@ -120,6 +124,7 @@ class Built:
     model: PeftModel | GenRecBackbone
     tokenizer: PreTrainedTokenizerBase
     layout: PromptLayout
+    base: BaseModel
     row_init: str
 
 
@@ -131,6 +136,12 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         revision=args.backbone_revision,
         dtype=torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32,
         dropout=args.dropout,
+    )
+    base = BaseModel(
+        name=args.backbone,
+        revision=args.backbone_revision,
+        type=model.config.model_type,
+        fingerprint=fingerprint(model) if args.tuning == "lora" else None,
     )
     layout = prompt_layout(
         tokenizer,
@@ -160,7 +171,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
     if args.tuning == "full":
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             model.get_output_embeddings().requires_grad_(False)  # a head that no score passes through
-        return Built(model, tokenizer, layout, method)
+        return Built(model, tokenizer, layout, base, method)
     adapted = add_lora(
         model,
         r=args.lora_r,
@@ -170,7 +181,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         base_name=args.backbone,
         revision=args.backbone_revision,
     )
-    return Built(adapted, tokenizer, layout, method)
+    return Built(adapted, tokenizer, layout, base, method)
 
 
 def git_commit() -> str | None:
@@ -291,11 +302,7 @@ class RunDirectory:
             out = self.path / (ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
             info = {
                 "stage": self.stage,
-                "base_model": {
-                    "name": self.model_args.backbone,
-                    "revision": self.model_args.backbone_revision,
-                    "type": built.model.config.model_type,
-                },
+                "base_model": asdict(built.base),
                 "data": self.facts["data"],
                 "metrics": {"validation_ndcg@10": best},
                 "seed": self.training.seed,
@@ -330,10 +337,10 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
     """Go on with the adapters and rows of an earlier run, with a fresh optimizer; says what is inherited.
 
     Raises:
-        ConfigError: that run used other data, ids, prompt or adapters, or is not finished.
+        ConfigError: that run used another backbone, data, ids, prompt or adapters, or is not finished; all at once.
     """
     folder = trained_directory(Path(training.from_run or ""))
-    info = read_info(folder, ADAPTER, TRAINED)
+    info, *_ = open_directory(folder, ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
     problems = []
     for key in ("fingerprint", "vocabulary"):
         if info["data"][key] != getattr(data, key):
@@ -346,10 +353,16 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
         for key in ours
         if theirs[key] != ours[key]
     ]
-    if problems:
-        raise ConfigError(
-            [f"{problem}: give the same data and prompt settings as in pretraining" for problem in problems]
+    problems = [f"{problem}: give the same data and prompt settings as in pretraining" for problem in problems]
+    base = info["base_model"]
+    if base["type"] != built.base.type or base.get("fingerprint") not in (None, built.base.fingerprint):
+        problems.append(
+            f"{folder}: was trained on backbone {base['name']!r}, whose weights are not those of {built.base.name!r}: "
+            "give the same --backbone"
         )
+    problems += differences(built.model, folder)
+    if problems:
+        raise ConfigError(problems)
     restore(built.model, folder)
     if training.process_index == 0:
         print(
@@ -382,3 +395,25 @@ def load_run_data(run: Path, *, data_dir: str | None = None) -> Data:
     if problems:
         raise ConfigError([f"{problem}: bring the files back that it was trained on" for problem in problems])
     return data
+
+
+def check_merged(run: Path, info: dict[str, Any], data: Data) -> None:
+    """Refuse to measure a merged model that is not this run's: made from another adapter, an earlier one, other data.
+
+    Args:
+        info: genrec.json of the merged directory.
+        data: of the run.
+
+    Raises:
+        ConfigError: what differs, all at once.
+    """
+    merged, trained = run / MERGED, trained_directory(run)
+    problems = [
+        f"{merged}: was made on {info['data']['name']} with another {key} than the data of {run}"
+        for key in ("fingerprint", "vocabulary")
+        if info["data"][key] != getattr(data, key)
+    ]
+    if info.get("rows_sha256") != sha256_file(trained / ROWS_FILE):
+        problems.append(f"{merged}: was not made from {trained} as it is now")
+    if problems:
+        raise ConfigError([f"{problem}: run recipes/merge.py --run {run} first" for problem in problems])

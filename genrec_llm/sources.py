@@ -125,11 +125,9 @@ def load_interactions(
             drop_duplicates=drop_duplicates,
         )
     else:
-        nearest = difflib.get_close_matches(dataset.lower(), SOURCES, n=1, cutoff=0.0)[0]
-        raise DataError(
-            f"{dataset!r} is neither a file nor a named data set; the nearest name is {nearest!r} "
-            f"(there are {', '.join(SOURCES)})"
-        )
+        near = difflib.get_close_matches(dataset.lower(), SOURCES, n=1, cutoff=0.5)
+        nearest = f"; the nearest name is {near[0]!r}" if near else ""
+        raise DataError(f"{dataset!r} is neither a file nor a named data set{nearest} (there are {', '.join(SOURCES)})")
     return interactions.k_core(k_core) if k_core else interactions
 
 

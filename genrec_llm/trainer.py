@@ -20,9 +20,9 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerControl
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
 from genrec_llm.decoding import mask_seen, rank_targets
-from genrec_llm.errors import ConfigError, ExportError
+from genrec_llm.errors import ConfigError, DataError, ExportError
 from genrec_llm.evaluation import EvalData
-from genrec_llm.files import read_json, sha256_file, write_json
+from genrec_llm.files import read_json, sha256_file, write_json, writing
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of
 from genrec_llm.tasks import PromptLayout, Task
@@ -142,32 +142,46 @@ class GenRecTrainer(Seq2SeqTrainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained tensors: PEFT's files for an adapter, one safetensors file for full tuning."""
+        """Write the trained tensors: PEFT's files for an adapter, one safetensors file for full tuning.
+
+        Raises:
+            ExportError: a tensor was not gathered, or the disk is full.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         empty = [
             name for name, value in (state_dict or {}).items() if not value.numel() and ".original_module" not in name
         ]
         if empty:
             raise ExportError(f"{folder}: these tensors were not gathered whole from all processes: {', '.join(empty)}")
-        if isinstance(self.model, PeftModel):
-            # "auto" would add the backbone's embedding tables for a base that came from a folder (PEFT 0.21).
-            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        else:
-            save_file(
-                unshared(state_dict or self.model.state_dict()),
-                folder / "model.safetensors",
-                {"format": "pt"},
-            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.model, PeftModel):
+                # "auto" would add the backbone's embedding tables for a base that came from a folder (PEFT 0.21).
+                self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            else:
+                state = unshared(state_dict or self.model.state_dict())
+                save_file(state, folder / "model.safetensors", {"format": "pt"})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint counts only with its manifest, which the first process writes when all others are done."""
-        super()._save_checkpoint(model, trial)
+        """A checkpoint counts only with its manifest, which the first process writes when all others are done.
+
+        Raises:
+            ExportError: it cannot be written whole.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with writing(folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            except RuntimeError as error:
+                # torch.save says so on a full disk (torch 2.13): "[enforce fail at inline_container.cc:672] unexpected pos"
+                if "inline_container" not in str(error):
+                    raise
+                raise OSError("torch.save could not write all of it") from error
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            write_manifest(folder)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
@@ -205,9 +219,10 @@ def write_manifest(folder: Path) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has its manifest and every file is as the manifest says."""
-    if not (folder / MANIFEST).is_file():
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+    except DataError:  # there is none, or it was cut short
         return False
-    listed = read_json(folder / MANIFEST)["files"]
     return all(
         (folder / name).is_file()
         and (folder / name).stat().st_size == entry["bytes"]

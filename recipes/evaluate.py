@@ -19,9 +19,9 @@ from genrec_llm.evaluation import (
     record_opening,
     write_summary,
 )
-from genrec_llm.export import MERGED
+from genrec_llm.loading import MERGED
 from genrec_llm.recommender import Recommender
-from genrec_llm.runs import load_run_data, provenance
+from genrec_llm.runs import check_merged, load_run_data, provenance
 
 
 @exits_cleanly
@@ -33,6 +33,7 @@ def main() -> None:
     # Model and data; the test split is opened here and nowhere else
     recommender = Recommender.from_pretrained(run / MERGED)
     data = load_run_data(run, data_dir=args.data_dir)
+    check_merged(run, recommender.loaded.info, data)
     held_out = data.held_out(args.split)
     if args.split == "test":
         times = record_opening(run / "test_openings.jsonl", facts)

@@ -11,7 +11,8 @@ import torch
 
 from genrec_llm.args import MergeArguments, parse_args
 from genrec_llm.errors import exits_cleanly
-from genrec_llm.export import MERGED, load_trained, merge, trained_directory
+from genrec_llm.export import merge
+from genrec_llm.loading import MERGED, load_trained, trained_directory
 
 
 @exits_cleanly

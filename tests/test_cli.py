@@ -211,7 +211,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
     import torch
 
-    from genrec_llm.export import Loaded, merge
+    from genrec_llm.export import merge
+    from genrec_llm.loading import Loaded
     from genrec_llm.model import IdTokens, add_id_words, load_backbone, prompt_layout
     from genrec_llm.vocab import IdVocab
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import NOTHING, generate_top_n, mask_seen, one_step_scores, rank_targets, top_items
-from genrec_llm.export import Loaded, load_merged, merge
+from genrec_llm.export import merge
+from genrec_llm.loading import Loaded, load_merged
 from genrec_llm.model import IdTokens, add_id_words, add_lora, load_backbone, prompt_layout
 from genrec_llm.tasks import PromptLayout
 from genrec_llm.vocab import IdVocab

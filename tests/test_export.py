@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,20 +18,20 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import ITEMS, RANK, USERS, contents, recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from genrec_llm import export
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import one_step_scores
-from genrec_llm.export import FORMAT_VERSION, Loaded, load_merged, load_trained
-from genrec_llm.model import GenRecBackbone
+from genrec_llm.loading import FORMAT_VERSION, Loaded, fingerprint, load_merged, load_trained, trained_directory
+from genrec_llm.model import GenRecBackbone, load_backbone
 from genrec_llm.recommender import Recommender
 from genrec_llm.sources import load_interactions
 from genrec_llm.tasks import PromptLayout
 from genrec_llm.vocab import IdVocab
 
-USERS, ITEMS, WIDTH, RANK = 40, 31, 16, 2
-"""One of the items is cold: it stands in the item file alone."""
+WIDTH = 16
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 ADAPTER_FILES = {
     "adapter_config.json", "adapter_model.safetensors", "id_tokens.safetensors",
@@ -73,49 +72,6 @@ for folder in sys.argv[1:]:
     answers[folder] = json.loads(printed.getvalue())
 print(json.dumps(answers))
 """
-
-
-def recipe(name: str, *arguments: object) -> None:
-    """Run a recipe's `main` in this process, as if from the command line."""
-    before = sys.argv
-    sys.argv = [f"{name}.py", *map(str, arguments)]
-    try:
-        runpy.run_path(str(tiny.REPOSITORY / "recipes" / f"{name}.py"), run_name="__main__")
-    finally:
-        sys.argv = before
-
-
-def save_private_log(path: Path) -> Path:
-    """A log whose users are e-mail addresses."""
-    log = tiny.save_log(path, users=USERS)
-    log.write_text(re.sub(r"(?m)^u(\d+)", r"person\1@private.example", log.read_text()))
-    return log
-
-
-def save_items(path: Path) -> Path:
-    """An item file: a title for most of the log's 30 items, and a cold item."""
-    rows = [f'i{number},"Item, ""{number}"""' if number % 7 else f"i{number}," for number in range(30)]
-    path.write_text("\n".join(["item,title", *rows, "cold,Never seen"]) + "\n")
-    return path
-
-
-def train(base: Path | str, folder: Path, out: Path, *arguments: object, stage: str = "finetune") -> Path:
-    """One epoch on the private log; returns the run directory."""
-    log, items = folder / "log.csv", folder / "items.csv"
-    if not log.exists():
-        save_private_log(log)
-        save_items(items)
-    recipe(
-        stage, "--dataset", log, "--items-file", items, "--backbone", base, "--output-dir", out, "--use_cpu",
-        "--disable_tqdm", "true", "--num-train-epochs", 1, "--global-batch-size", 32, "--lora-r", RANK,
-        "--learning-rate", "5e-3", *arguments,
-    )  # fmt: skip
-    return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +163,10 @@ def test_genrec_json_says_what_the_model_is_made_from(runs: dict[str, Path], hom
         info = json.loads((runs[name] / kind / "genrec.json").read_text())
         assert (info["format_version"], info["kind"], info["stage"]) == (FORMAT_VERSION, kind, "finetune")
         model_type = "bart" if name == "bart" else "t5"
-        assert info["base_model"] == {"name": str(base_of(runs[name])), "revision": None, "type": model_type}
+        print_of_base = None if kind == "trained" else fingerprint(load_backbone(str(base_of(runs[name])))[0])
+        assert info["base_model"] == {
+            "name": str(base_of(runs[name])), "revision": None, "type": model_type, "fingerprint": print_of_base,
+        }  # fmt: skip
         assert info["data"]["name"] == "log" and info["data"]["fingerprint"] == data.fingerprint()
         assert len(info["data"]["vocabulary"]) == 64
         assert (info["seed"], info["id_seed"], info["user_mode"], info["user_buckets"]) == (0, 0, "each", 0)
@@ -219,6 +178,19 @@ def test_genrec_json_says_what_the_model_is_made_from(runs: dict[str, Path], hom
         mask = "<mask>" if name == "bart" else "<extra_id_0>"
         assert layout.mask_ids[0] == base.convert_tokens_to_ids(mask)
     assert {"max_score_difference", "top_n_agreement", "samples", "n"} == set(info["parity"])
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_fingerprint_of_a_base_is_one_in_bf16_and_fp32_and_changes_with_any_weight(home: Path, kind: str) -> None:
+    model, _ = load_backbone(str(home / kind))
+    found = fingerprint(model)
+    assert found == fingerprint(load_backbone(str(home / kind), dtype=torch.bfloat16)[0])
+    for weight in model.parameters():
+        before = weight.detach().clone()
+        weight.data *= 1.02
+        assert fingerprint(model) != found or not before.any()
+        weight.data.copy_(before)
+    assert fingerprint(model) == found
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
@@ -325,7 +297,7 @@ def test_transformers_fills_no_table_of_the_merged_model_at_random(runs: dict[st
 @pytest.mark.parametrize("name", [*tiny.KINDS, *VARIANTS])
 def test_merged_scores_are_those_of_the_trained_model(runs: dict[str, Path], name: str) -> None:
     """An own comparison, beside the parity that merging checks itself; rows of users count too."""
-    trained, merged = load_trained(export.trained_directory(runs[name])), load_merged(runs[name] / "merged")
+    trained, merged = load_trained(trained_directory(runs[name])), load_merged(runs[name] / "merged")
     users = (0, 0, 0, 0) if name == "no-users" else (0, 1, 2, 5)
     difference = (sample_scores(trained, users=users) - sample_scores(merged, users=users)).abs().max()
     assert difference <= ROUNDING * max(1.0, float(sample_scores(trained, users=users).abs().max())) * 10
@@ -491,8 +463,24 @@ def test_generation_that_leaves_items_out_is_not_written(
     assert ended.value.code == 2 and not list(tmp_path.iterdir())
 
 
-def test_merging_again_replaces_what_was_there_with_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(runs["bart"], tmp_path / "bart")
-    (tmp_path / "bart" / "merged" / "stale.txt").write_text("of an earlier version")
-    recipe("merge", "--run", tmp_path / "bart")
-    assert contents(tmp_path / "bart" / "merged") == contents(runs["bart"] / "merged")
+@pytest.mark.parametrize("name", ["bart", "full"])
+def test_merging_again_replaces_what_was_there_with_the_same(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    shutil.copytree(runs[name], tmp_path / name)
+    (tmp_path / name / "merged" / "stale.txt").write_text("of an earlier version")
+    recipe("merge", "--run", tmp_path / name)
+    assert contents(tmp_path / name / "merged") == contents(runs[name] / "merged")
+
+
+def test_loading_a_merged_model_warns_of_nothing(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[logging.LogRecord] = []
+    log = logging.getLogger("transformers.modeling_utils")
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", told.append)
+    log.addHandler(handler)
+    try:
+        load_merged(runs["t5-untied"] / "merged")
+        assert not told and not log.filters
+        AutoModelForSeq2SeqLM.from_pretrained(runs["t5-untied"] / "merged")
+        assert "so we will NOT tie them" in told[0].getMessage(), "the filter in load_merged can go"
+    finally:
+        log.removeHandler(handler)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import top_items
-from genrec_llm.export import load_trained
+from genrec_llm.loading import load_trained
 
 STEPS = 40
 ADAPTER_FILES = ("adapter_model.safetensors", "id_tokens.safetensors")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ OFFLINE = "1"
 """HF_HUB_OFFLINE of the commands that tests start."""
 PADDED = 5
 """Rows of the tiny matrices beyond the tokenizer, as T5's 32,128 rows for 32,100 tokens."""
+USERS, ITEMS, RANK = 40, 31, 2
+"""Of the runs of `train`. One of the items is cold: it stands in the item file alone."""
 
 
 def save_backbone(kind: str, folder: Path, *, seed: int = 0) -> Path:
@@ -67,6 +71,49 @@ def save_log(path: Path, *, users: int = 40, items: int = 30, seed: int = 0, lon
             item = (item + 1) % items if random.random() < 0.8 else int(random.integers(items))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def save_private_log(path: Path) -> Path:
+    """A log whose users are e-mail addresses."""
+    log = save_log(path, users=USERS)
+    log.write_text(re.sub(r"(?m)^u(\d+)", r"person\1@private.example", log.read_text()))
+    return log
+
+
+def save_items(path: Path) -> Path:
+    """An item file: a title for most of the log's 30 items, and a cold item."""
+    rows = [f'i{number},"Item, ""{number}"""' if number % 7 else f"i{number}," for number in range(30)]
+    path.write_text("\n".join(["item,title", *rows, "cold,Never seen"]) + "\n")
+    return path
+
+
+def recipe(name: str, *arguments: object) -> None:
+    """Run a recipe's `main` in this process, as if from the command line."""
+    before = sys.argv
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(REPOSITORY / "recipes" / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def train(base: Path | str, folder: Path, out: Path, *arguments: object, stage: str = "finetune") -> Path:
+    """One epoch on the private log; returns the run directory."""
+    log, items = folder / "log.csv", folder / "items.csv"
+    if not log.exists():
+        save_private_log(log)
+        save_items(items)
+    recipe(
+        stage, "--dataset", log, "--items-file", items, "--backbone", base, "--output-dir", out, "--use_cpu",
+        "--disable_tqdm", "true", "--num-train-epochs", 1, "--global-batch-size", 32, "--lora-r", RANK,
+        "--learning-rate", "5e-3", *arguments,
+    )  # fmt: skip
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def environment() -> dict[str, str]:
