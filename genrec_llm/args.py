@@ -198,6 +198,10 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
                 "fp16: T5 overflows to NaN in fp16 (transformers issue 23918): use --bf16 on a GPU that has it (Ampere or "
                 "newer), or neither for fp32"
             )
+        if not self.average_tokens_across_devices:
+            problems.append(
+                "average_tokens_across_devices: the loss is a mean over the targets of the whole global batch: leave it true"
+            )
         _raise(problems)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
         super().__post_init__()

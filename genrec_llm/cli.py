@@ -116,7 +116,9 @@ def data_prepare(args: argparse.Namespace) -> None:
     print("\nThe splits hold raw user ids: think twice before you share them.")
     launch = "accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py"
     flags = ["--dataset", args.dataset, *_data_flags(args), "--output-dir", f"runs/{data.name}/pretrain"]
+    print("Training reads the log itself; this folder is for other programs.")
     print(f"Next, from the repository: {launch} {shlex.join(flags)}")
+    print("Without network or a checkpoint, add: --backbone t5-micro --backbone-init random --tuning full")
 
 
 def recommend(args: argparse.Namespace) -> None:

@@ -45,9 +45,13 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Where fewer than `k` items are eligible (above -inf), the rest of the row is `NOTHING` at -inf.
     """
     kept = min(k, scores.shape[1])
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # sort would put NaN first
-    values, items = torch.sort(scores, dim=1, descending=True, stable=True)
-    values, items = values[:, :kept], items[:, :kept].masked_fill(torch.isneginf(values[:, :kept]), NOTHING)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # topk would put NaN first
+    last = scores.topk(kept, dim=1).values[:, -1:]
+    above, tied = scores > last, scores == last
+    room = kept - above.sum(dim=1, keepdim=True)  # for the tied items, lowest indices first: topk takes any of them
+    chosen = (above | (tied & (tied.cumsum(dim=1) <= room))).nonzero()[:, 1].view(-1, kept)
+    values, order = scores.gather(1, chosen).sort(dim=1, descending=True, stable=True)
+    items = chosen.gather(1, order).masked_fill(torch.isneginf(values), NOTHING)
     return F.pad(items, (0, k - kept), value=NOTHING), F.pad(values, (0, k - kept), value=-torch.inf)
 
 

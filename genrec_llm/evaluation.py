@@ -352,6 +352,7 @@ class GeneratedLists:
         A generated list is the same if it has the same items and their one-step scores never rise by more than rounding.
         """
         same_items = (np.sort(generated, axis=1) == np.sort(one_step, axis=1)).all(axis=1)
+        scores = np.maximum(scores, np.finfo(np.float32).min)  # missing places: -inf has no differences
         falling = (np.diff(scores, axis=1) <= 1e-4 * np.maximum(1.0, np.abs(scores[:, 1:]))).all(axis=1)
         ranks = list_ranks(generated.tolist(), targets.tolist(), k=LIST_CUTOFF)
         return cls(

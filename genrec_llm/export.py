@@ -128,6 +128,7 @@ def _write_common(
 def _card(kind: str, info: Mapping[str, Any], layout: PromptLayout) -> str:
     """A minimal card: what it is and how it is used."""
     base = info["base_model"]["name"]
+    history, beams = list(range(min(3, layout.num_items))), min(10, layout.num_items)
     lines = [
         "---",
         "library_name: " + ("peft" if kind == ADAPTER else "transformers"),
@@ -149,13 +150,13 @@ def _card(kind: str, info: Mapping[str, Any], layout: PromptLayout) -> str:
             "",
             'model = AutoModelForSeq2SeqLM.from_pretrained(".").eval()',
             f"base, mask, end = {layout.base}, {layout.mask_ids[0]}, {layout.eos_id}",
-            "history = [0, 1, 2]  # indices of items.parquet, oldest first",
+            f"history = {history}  # indices of items.parquet, oldest first",
             f"user = [{layout.first_user_id}]" if layout.user_token else "user = []",
             "ids = torch.tensor([[*user, *(base + item for item in history), mask, end]])",
             "prompt = torch.tensor([[mask, base + history[-1]]])"
             if layout.decoder_prompt == "last-item"
             else "prompt = torch.tensor([[mask]])",
-            "top = model.generate(ids, decoder_input_ids=prompt, num_beams=10, num_return_sequences=10)",
+            f"top = model.generate(ids, decoder_input_ids=prompt, num_beams={beams}, num_return_sequences={beams})",
             "print((top[:, -1] - base).tolist())  # indices of items.parquet, best first",
             "```",
             "",

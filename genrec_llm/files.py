@@ -66,6 +66,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         with writing(path):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
             temporary.mkdir(parents=True)
             yield temporary
             if path.exists():

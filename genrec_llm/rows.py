@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from genrec_llm.errors import ConfigError
@@ -34,14 +35,11 @@ def text_rows(model: GenRecBackbone, tokenizer: PreTrainedTokenizerBase, vocab: 
     columns = [column for column in ("title", "categories") if column in vocab.items]
     texts = vocab.items[columns].fillna("").agg(" ".join, axis=1).tolist()
     pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    counts = torch.tensor([len(ids) for ids in pieces])
+    starts = torch.from_numpy(np.cumsum([0, *map(len, pieces)])[:-1])
     flat = torch.tensor([piece for ids in pieces for piece in ids], dtype=torch.long)
-    table = model.get_input_embeddings()
-    with gathered(table.weight), torch.no_grad():
-        embedded = table(flat).float()
-    rows = torch.zeros(len(texts), embedded.shape[-1])
-    rows.index_add_(0, torch.repeat_interleave(torch.arange(len(texts)), counts), embedded)
-    return rows / counts.clamp(min=1).unsqueeze(1)
+    weight = model.get_input_embeddings().weight
+    with gathered(weight):  # on a GPU under ZeRO-3
+        return F.embedding_bag(flat, weight.detach().float().cpu(), starts, mode="mean")
 
 
 def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: int) -> Tensor:
@@ -49,8 +47,8 @@ def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: i
 
     `C[i, j]` adds 1 / distance for every time i and j stand in one history at most `WINDOW` positions apart, normalised
     as `C / sqrt(degree_i degree_j)` with 0.5 on the diagonal; a row is the item's left singular vector times the singular
-    values. Rows of items that follow one another are near each other: ranking by the last item's row alone comes up to
-    item-kNN on Beauty before any training (`tools/initial_rows.py`).
+    values. Rows of items that follow one another are near each other: ranking by the last item's row alone comes
+    within a tenth of item-kNN on Beauty before any training (`tools/initial_rows.py`).
     """
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths())
     near = sp.csr_array((num_items, num_items), dtype=np.float64)

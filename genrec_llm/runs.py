@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.data import Interactions, leave_last_two_out
@@ -40,11 +41,28 @@ from genrec_llm.model import GenRecBackbone, add_id_words, add_lora, load_backbo
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
-from genrec_llm.trainer import GenRecTrainer, describe_launch, last_complete_checkpoint
+from genrec_llm.trainer import (
+    GenRecTrainer,
+    describe_launch,
+    last_complete_checkpoint,
+    validations_without_better,
+)
 from genrec_llm.vocab import IdVocab
 
 logger = logging.getLogger(__name__)
 RUN_FILE, LOG_FILE = "run.json", "log_history.json"
+MODEL_SHAPE = ("backbone", "backbone_init", "tuning", "lora_r", "lora_alpha", "tie_item_rows", "decoder_prompt")
+"""Model arguments that two runs in one directory may never differ in."""
+COURSE = {
+    "data": ("max_history",),
+    "model": ("lora_target_modules", "lora_dropout", "dropout", "row_init", "backbone_revision"),
+    "training": (
+        "seed", "global_batch_size", "masks_per_sequence", "last_item_probability", "targets", "user_dropout",
+        "learning_rate", "rows_learning_rate", "rows_weight_decay", "weight_decay", "warmup_steps", "lr_scheduler_type",
+        "num_train_epochs", "max_steps", "from_run", "bf16", "optim",
+    ),
+}  # fmt: skip
+"""Arguments that change what training does: a run that goes on from a checkpoint keeps them."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +240,8 @@ class RunDirectory:
         stage: "pretrain" or "finetune".
 
     Raises:
-        ConfigError: the directory holds a run of another data set, catalogue, stage or backbone.
+        ConfigError: the directory holds a run of another data set, catalogue, stage or backbone, or checkpoints that
+            were trained with other settings.
     """
 
     def __init__(
@@ -261,16 +280,11 @@ class RunDirectory:
                     f"{self.path}: was made from {there['data']['name']} ({key} {there['data'][key][:12]}), now the data is "
                     f"{self.data.name} ({key} {self.facts['data'][key][:12]})"
                 )
-        for key in (
-            "backbone",
-            "backbone_init",
-            "tuning",
-            "lora_r",
-            "lora_alpha",
-            "tie_item_rows",
-            "decoder_prompt",
-        ):
-            theirs, ours = there["arguments"]["model"][key], self.facts["arguments"]["model"][key]
+        kept = [("model", key) for key in MODEL_SHAPE]
+        if last_complete_checkpoint(self.path):
+            kept += [(part, key) for part, keys in COURSE.items() for key in keys]
+        for part, key in kept:
+            theirs, ours = there["arguments"][part][key], self.facts["arguments"][part][key]
             if theirs != ours:
                 problems.append(f"{self.path}: was made with {key} {theirs}, now it is {ours}")
         if problems:
@@ -294,8 +308,17 @@ class RunDirectory:
             self.data.vocab.save_items(self.path / "items.parquet")
             self.data.vocab.save_users(self.path / "users.parquet")
         start = time.time()
+        if resumed and self.training.early_stopping_patience:
+            state = read_json(Path(resumed) / TRAINER_STATE_NAME)
+            if validations_without_better(state["log_history"], self.training) >= self.training.early_stopping_patience:
+                self.training.max_steps = state["global_step"]  # it had stopped: no step is left
         trainer.train(resume_from_checkpoint=resumed)
         best = trainer.state.best_metric
+        if self.training.load_best_model_at_end and best is not None and trainer.state.best_model_checkpoint is None:
+            raise ConfigError(
+                f"{self.path}: its best checkpoint (validation {self.training.metric_for_best_model} {best}) is gone or "
+                "broken, and no later one was better: bring it back, or choose another --output-dir or remove that run"
+            )
         trainer.save_model(str(self.path / "final"))
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():

@@ -79,8 +79,14 @@ def _log_columns(
         problems += [f"column {time_column!r}: {problem}" for problem in bad]
     elif time_column not in (None, TIME_COLUMN):
         problems.append(table.lacks(time_column, "--time-column"))
-    else:
-        logger.info("%s: no times, so the order of rows is taken as the order in time", path)
+    elif time_column is not None:
+        logger.warning(
+            "%s: no column %r, so the order of rows is taken as the order in time; the columns are %s. "
+            "If one of them is the time, name it with --time-column",
+            path,
+            TIME_COLUMN,
+            ", ".join(map(repr, table.names)),
+        )
     return log, problems
 
 

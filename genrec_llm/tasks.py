@@ -237,7 +237,8 @@ class MaskedItem:
         user_dropout: how often `<user_unknown>` stands in for the user, so that new users are served.
 
     Raises:
-        ConfigError: more masks than the backbone has mask tokens, or no user has two training items.
+        ConfigError: more masks than the backbone has mask tokens, a history of one item, or no user has two training
+            items.
     """
 
     def __init__(
@@ -254,6 +255,10 @@ class MaskedItem:
             raise ConfigError(
                 f"masks_per_sequence: {masks_per_sequence} is not between 1 and {len(layout.mask_ids)}, the mask tokens "
                 "of this backbone (BART has one): choose a number in that range"
+            )
+        if layout.max_history < 2:
+            raise ConfigError(
+                f"max_history: of {layout.max_history} item none stays visible beside a mask: pretraining needs at least 2"
             )
         self.sequences, self.layout, self.seed = sequences, layout, seed
         self.masks_per_sequence, self.last_item_probability = masks_per_sequence, last_item_probability

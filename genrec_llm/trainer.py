@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from accelerate import DistributedType
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerControl
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerControl, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
@@ -29,6 +31,29 @@ from genrec_llm.tasks import PromptLayout, Task
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+
+
+def validations_without_better(log_history: Sequence[Mapping[str, float]], args: GenRecTrainingArguments) -> int:
+    """How many validations at the end of a log came after the best one."""
+    name = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+    best, without = None, 0
+    for value in [entry[name] for entry in log_history if name in entry]:
+        if best is None or (value > best if args.greater_is_better else value < best):
+            best, without = value, 0
+        else:
+            without += 1
+    return without
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Early stopping whose patience a resumed run does not get anew: what the log has seen counts."""
+
+    def on_train_begin(
+        self, args: GenRecTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count again from the log of the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = validations_without_better(state.log_history, args)
 
 
 class GenRecTrainer(Seq2SeqTrainer):
@@ -56,7 +81,8 @@ class GenRecTrainer(Seq2SeqTrainer):
         validation: EvalData | None,
     ) -> None:
         self.task, self.layout = task, layout
-        callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else None
+        self.masters: dict[str, Tensor] = {}
+        callbacks = [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else None
         super().__init__(model=model, args=args, eval_dataset=validation, callbacks=callbacks)
 
     def get_train_dataloader(self) -> EpochDataLoader:
@@ -84,7 +110,8 @@ class GenRecTrainer(Seq2SeqTrainer):
             if not parameter.requires_grad:
                 continue
             if id(parameter) in rows:
-                key = (self.args.rows_rate, self.args.rows_weight_decay)
+                scale = name.endswith("item_out.scale")  # one factor of all scores, no row
+                key = (self.args.rows_rate, 0.0 if scale else self.args.rows_weight_decay)
             else:
                 key = (self.args.learning_rate, self.args.weight_decay if name in decay else 0.0)
             groups.setdefault(key, []).append(parameter)
@@ -141,6 +168,22 @@ class GenRecTrainer(Seq2SeqTrainer):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; under DeepSpeed in bf16 the fp32 masters are saved, not the bf16 copies that compute."""
+        self.masters = fp32_masters(self.model) if self.is_deepspeed_enabled and self.args.bf16 else {}
+        super().save_model(output_dir, _internal_call)
+        self.masters = {}
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The best checkpoint is looked for in this run alone, whatever path it had when the state was saved."""
+        done = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            whole = is_complete(best)
+            self.state.best_model_checkpoint = str(best) if whole else None
+            self.state.best_global_step = self.state.best_global_step if whole else None
+        return done
+
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained tensors: PEFT's files for an adapter, one safetensors file for full tuning.
 
@@ -150,6 +193,8 @@ class GenRecTrainer(Seq2SeqTrainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        if state_dict is not None:
+            state_dict = {name: self.masters.get(name, value) for name, value in state_dict.items()}
         empty = [
             name for name, value in (state_dict or {}).items() if not value.numel() and ".original_module" not in name
         ]
@@ -167,10 +212,16 @@ class GenRecTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint counts only with its manifest, which the first process writes when all others are done.
 
+        Older checkpoints go only then, so that one that is whole is there at any time.
+
         Raises:
             ExportError: it cannot be written whole.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left of it
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         with writing(folder):
             try:
                 super()._save_checkpoint(model, trial)
@@ -179,9 +230,14 @@ class GenRecTrainer(Seq2SeqTrainer):
                 if "inline_container" not in str(error):
                     raise
                 raise OSError("torch.save could not write all of it") from error
+            finally:
+                self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_manifest(folder)
+            rotate_checkpoints(
+                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+            )
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
@@ -196,6 +252,22 @@ class GenRecTrainer(Seq2SeqTrainer):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+
+def fp32_masters(model: nn.Module) -> dict[str, Tensor]:
+    """DeepSpeed's fp32 values of the trained parameters, on the CPU, tied ones under each of their names.
+
+    A collective: every process has to call it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    values = {
+        parameter: safe_get_full_fp32_param(parameter).cpu()
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    }
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: values[parameter] for name, parameter in named if parameter in values}
 
 
 def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -262,6 +334,11 @@ def describe_launch(trainer: GenRecTrainer) -> dict[str, Any]:
     problems = []
     if promised != args.world_size:
         problems.append(f"launch: {promised} processes were started, but this run has world size {args.world_size}")
+    if args.n_gpu > 1:
+        problems.append(
+            f"launch: one process on {args.n_gpu} GPUs would split each batch by nn.DataParallel: launch with "
+            "accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and "zero_stage" not in facts:
         problems.append(f"launch: DeepSpeed was asked for, but this run has strategy {facts['strategy']}")
     if state.mixed_precision != ("bf16" if args.bf16 else "no"):

@@ -50,7 +50,7 @@ def main() -> None:
     baselines = [
         build_report(
             rival.name,
-            rank_recommender(rival, held_out, exclude_seen=exclude_seen),
+            rank_recommender(rival, held_out, exclude_seen=exclude_seen, batch_size=args.batch_size),
             held_out,
             exclude_seen=exclude_seen,
         )

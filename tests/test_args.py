@@ -44,6 +44,11 @@ def problems(tmp_path: Path, yaml: str, *flags: str, classes: Any = (DataArgumen
     return caught.value.problems
 
 
+def test_a_loss_that_is_averaged_on_each_device_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"average_tokens_across_devices: .* leave it true"):
+        GenRecTrainingArguments(output_dir=str(tmp_path), average_tokens_across_devices=False)
+
+
 # --- YAML and overrides -------------------------------------------------------
 
 

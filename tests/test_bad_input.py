@@ -177,7 +177,7 @@ def test_a_base_that_is_gone(run: Path, tmp_path: Path, refused: Refused, monkey
 
 def test_a_run_directory_of_another_data_set(run: Path, home: Path, tmp_path: Path, refused: Refused) -> None:
     with untouched(tmp_path):
-        problems = refused("finetune", *arguments(home, run, log="other.csv"))
+        problems = refused("finetune", *arguments(home, run, "--from-run", home / "pretrain", log="other.csv"))
     assert len(problems) == 1, "the same users and items in another order: the ids are equal, the log is not"
     assert f"{run}: was made from log (fingerprint" in problems[0] and "choose another --output-dir" in problems[0]
 
@@ -198,6 +198,7 @@ def test_a_run_directory_that_differs_in_everything(run: Path, home: Path, tmp_p
         "backbone",
         "lora_r 2, now it is 3",
         "decoder_prompt",
+        "from_run",
     )
     assert len(problems) == len(expected)
     assert all(word in problem for word, problem in zip(expected, problems, strict=True))
@@ -295,6 +296,8 @@ def test_evaluating_a_merged_model_of_another_data_set(run: Path, home: Path, tm
 
 
 def test_evaluating_a_merged_model_older_than_the_adapter(run: Path, home: Path, refused: Refused) -> None:
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     recipe("finetune", *arguments(home, run, "--from-run", home / "pretrain", "--max-steps", 9))
     problems = refused("evaluate", "--run", run)
     assert any("merge" in problem for problem in problems)
@@ -315,6 +318,23 @@ def test_evaluating_after_the_data_has_changed(home: Path, tmp_path: Path, refus
     log.unlink()
     (problem,) = refused("evaluate", "--run", tmp_path / "run")
     assert f"'{log}' is neither a file nor a named data set (there are movielens-100k" in problem
+
+
+def test_going_on_from_a_checkpoint_with_other_settings(run: Path, home: Path, refused: Refused) -> None:
+    changed = {
+        "max_history": 7, "lora_target_modules": "q", "lora_dropout": 0.2, "dropout": 0.3, "row_init": "random",
+        "backbone_revision": "other", "seed": 5, "global_batch_size": 8, "masks_per_sequence": 2,
+        "last_item_probability": 0.5, "targets": "last", "user_dropout": 0.3, "learning_rate": 0.5,
+        "rows_learning_rate": 0.5, "rows_weight_decay": 0.5, "weight_decay": 0.5, "warmup_steps": 3,
+        "lr_scheduler_type": "constant", "num_train_epochs": 7, "max_steps": 9, "bf16": True, "optim": "sgd",
+    }  # fmt: skip
+    more = [word for name, value in changed.items() for word in (f"--{name}", value)]
+    with untouched(run):
+        problems = refused("finetune", *arguments(home, run, *more))
+    assert [[f"with {name} " in problem for name in (*changed, "from_run")].count(True) for problem in problems] == [
+        1
+    ] * (len(changed) + 1)
+    assert all("choose another --output-dir, or remove that run" in problem for problem in problems)
 
 
 # --- arguments -----------------------------------------------------------

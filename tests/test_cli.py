@@ -185,7 +185,7 @@ def test_the_next_command_of_prepare_names_the_same_data(
         genrec(monkeypatch, "data", "prepare", str(log), *flags, "--output-dir", str(tmp_path / "out"))
     log.write_text("user,item,timestamp\n" + "".join(f"{u},{i},{i}\n" for u in range(3) for i in range(3)))
     genrec(monkeypatch, "data", "prepare", str(log), *flags, "--output-dir", str(tmp_path / "out"))
-    following = capsys.readouterr().out.splitlines()[-1]
+    (following,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next, ")]
     assert "recipes/pretrain.py --dataset" in following
     argv = shlex.split(following.partition("recipes/pretrain.py")[2])
     data, training = parse_args(DataArguments, GenRecTrainingArguments, argv=argv)

@@ -90,6 +90,27 @@ def test_the_top_list_breaks_ties_by_index_and_ends_in_nothing() -> None:
     assert values.shape == (3, 6) and torch.isneginf(values[:, 4:]).all()
 
 
+def test_the_top_list_is_the_head_of_a_stable_sort_but_sorts_no_more_than_the_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-2, 3, (200, 30), generator=generator).float()
+    for value, share in ((-INF, 0.3), (math.nan, 0.1), (INF, 0.05), (-0.0, 0.1)):
+        scores[torch.rand(200, 30, generator=generator) < share] = value
+    scores[:5] = -INF
+    clean = scores.nan_to_num(nan=-INF, posinf=INF, neginf=-INF)
+    values, items = torch.sort(clean, dim=1, descending=True, stable=True)
+    items = items.masked_fill(torch.isneginf(values), NOTHING)
+    widths = []
+    plain = Tensor.sort
+    monkeypatch.setattr(Tensor, "sort", lambda self, **how: widths.append(self.shape[1]) or plain(self, **how))
+    monkeypatch.setattr(torch, "sort", lambda scores, **how: scores.sort(**how))
+    for k in (1, 4, 29, 30):
+        found, found_values = top_items(scores, k)
+        assert torch.equal(found, items[:, :k]) and torch.equal(found_values, values[:, :k])
+    assert widths == [1, 4, 29, 30]
+
+
 # --- generate against the one-step path ---------------------------------------
 
 

@@ -11,9 +11,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import tiny
 
 from genrec_llm.errors import ConfigError, DataError, ExportError
-from genrec_llm.evaluation import EvalData, EvalReport, build_report, markdown, plot, rank_recommender
+from genrec_llm.evaluation import (
+    EvalData,
+    EvalReport,
+    GeneratedLists,
+    RankedUsers,
+    build_report,
+    markdown,
+    plot,
+    rank_recommender,
+)
 from genrec_llm.metrics import hit_rate
 
 USERS, ITEMS = 103, 30
@@ -168,6 +178,26 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(
     with pytest.raises(ExportError, match="No space left"):
         report_of(Noisy("new", data, 1.0), data).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rivals_are_ranked_in_batches_of_the_size_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny.train(tiny.save_backbone("t5-untied", tmp_path / "base"), tmp_path, tmp_path / "run")
+    tiny.recipe("merge", "--run", run)
+    sizes = []
+
+    def spied(recommender, data: EvalData, **how) -> RankedUsers:
+        sizes.append((recommender.name, how["batch_size"]))
+        return rank_recommender(recommender, data, **how)
+
+    monkeypatch.setattr("genrec_llm.evaluation.rank_recommender", spied)
+    tiny.recipe("evaluate", "--run", run, "--batch-size", 7)
+    assert len(sizes) == 3 and {size for _, size in sizes} == {7}
+
+
+def test_lists_that_end_early_agree_with_themselves_and_with_no_other_order() -> None:
+    items = np.array([[4, 2, *[-1] * 8]] * 2)
+    scores = np.array([[2.0, 1.0, *[-math.inf] * 8], [1.0, 2.0, *[-math.inf] * 8]], dtype=np.float32)
+    assert GeneratedLists.compare(items, items, scores, np.array([4, 4])).agreement == 0.5
 
 
 def test_the_table_and_the_plot_show_every_report(data: EvalData, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -369,6 +370,13 @@ def test_bf16_weights_pass_the_tolerance_of_bf16(runs: dict[str, Path], tmp_path
         assert load_merged(tmp_path / kind).model.dtype == torch.bfloat16
         parity = json.loads((tmp_path / kind / "genrec.json").read_text())["parity"]
         assert 0 < parity["max_score_difference"] < 0.05 * 5, "bf16 has 8 bits: 1/256 a rounding"
+
+
+def test_the_card_of_a_tiny_catalogue_asks_for_no_more_items_than_there_are(runs: dict[str, Path]) -> None:
+    layout = dataclasses.replace(layout_of(next(iter(runs.values())) / "merged"), num_items=2)
+    info = {"base_model": {"name": "base"}, "data": {"name": "log"}}
+    card = export._card("merged", info, layout)
+    assert "history = [0, 1]  #" in card and "num_beams=2, num_return_sequences=2)" in card
 
 
 def test_the_card_of_the_merged_model_works_without_genrec_llm(runs: dict[str, Path]) -> None:

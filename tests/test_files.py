@@ -35,6 +35,15 @@ def test_a_file_and_a_directory_replace_what_was_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new"]
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_not_taken_over(tmp_path: Path) -> None:
+    left = tmp_path / f".folder.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").touch()
+    with atomic_directory(tmp_path / "folder") as temporary:
+        (temporary / "whole").write_text("whole")
+    assert contents(tmp_path) == {"folder/whole": "whole"}
+
+
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_a_fault_while_writing_leaves_what_was_there(fault: BaseException, existing: bool, tmp_path: Path) -> None:

@@ -78,6 +78,13 @@ def test_the_modules_of_the_data_verbs_start_without_torch(module: str) -> None:
     assert python(f"import genrec_llm.{module}\n" + PRINT_HEAVY_MODULES) == "[]\n"
 
 
+@pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_every_tool_tells_how_it_is_used(tool: Path) -> None:
+    done = subprocess.run([sys.executable, str(tool), "--help"], capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert f"usage: {tool.name}" in done.stdout
+
+
 def test_whoever_has_a_torch_that_fits_their_gpu_keeps_it() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (torch,) = [dependency for dependency in project["dependencies"] if dependency.startswith("torch")]

@@ -96,6 +96,17 @@ def test_pretraining_with_several_masks_and_bf16_runs_under_zero3(ground: Path) 
     assert all(value.numel() and value.isfinite().all() for value in trained_values(ground / "pretrain").values())
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_the_exported_values_are_the_fp32_masters_of_a_bf16_run(ground: Path, strategy: str) -> None:
+    train(ground, strategy, f"{strategy}-bf16", "--bf16")
+    values = trained_values(ground / f"{strategy}-bf16")
+    trained = {name: value for name, value in values.items() if "lora_B" in name or "item_in" in name}
+    assert len(trained) > 1
+    for name, value in trained.items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float()), f"{name} is rounded to bf16"
+
+
 def test_a_launch_that_lost_deepspeed_is_refused(ground: Path) -> None:
     """With ACCELERATE_USE_CPU, accelerate 1.15 silently makes plain DDP of a DeepSpeed launch."""
     command = tiny.launch_command(

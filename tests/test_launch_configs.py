@@ -64,6 +64,12 @@ def test_accelerate_reads_the_file_and_knows_every_key(path: Path) -> None:
     assert config.num_processes >= 1  # -1 would make the launch line of the header an error
 
 
+def test_the_single_gpu_file_shows_its_process_one_gpu() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(REPOSITORY / "accelerate_configs" / "single_gpu.yaml")).gpu_ids == "0"
+
+
 @each_launch_file
 def test_precision_and_optimizer_are_left_to_the_training_arguments(path: Path) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -140,6 +140,22 @@ def test_a_text_row_is_the_mean_of_the_pieces_of_title_and_categories(
         torch.testing.assert_close(found[index], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_text_row_is_made_on_the_cpu_wherever_the_table_is(
+    t5: tuple[GenRecBackbone, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = t5
+    table = model.get_input_embeddings()
+
+    def elsewhere(ids: Tensor) -> Tensor:
+        raise RuntimeError("ids on the CPU, table on a GPU; and a vector for each piece of text")
+
+    monkeypatch.setattr(table, "forward", elsewhere)
+    found = text_rows(model, tokenizer, vocabulary(title=[PIECES[0]] * ITEMS))
+    first = table.weight.detach()[tokenizer.convert_tokens_to_ids(PIECES[0])]
+    torch.testing.assert_close(found, first.expand(ITEMS, -1))
+    assert not text_rows(model, tokenizer, vocabulary(title=[None] * ITEMS)).any()
+
+
 def test_rows_from_text_are_alike_where_texts_are(t5: tuple[GenRecBackbone, PreTrainedTokenizerBase]) -> None:
     vocab = vocabulary(title=[PIECES[number % 2] for number in range(ITEMS)])
     rows, method = rows_of(t5, vocab, method="text")

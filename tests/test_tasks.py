@@ -285,6 +285,11 @@ def test_more_masks_than_the_backbone_has_are_refused(masks: int) -> None:
         MaskedItem(random_sequences(), layout(), seed=0, masks_per_sequence=masks)
 
 
+def test_a_history_of_one_item_leaves_nothing_to_see_beside_the_mask() -> None:
+    with pytest.raises(ConfigError, match=r"max_history: of 1 item .* at least 2"):
+        MaskedItem(random_sequences(), layout(max_history=1), seed=0)
+
+
 def test_a_training_part_without_a_pair_of_items_is_refused() -> None:
     lonely = sequences_of([1], [2], [])
     with pytest.raises(ConfigError, match="no user has two items"):

@@ -122,7 +122,7 @@ def test_every_trained_tensor_has_its_rate_and_its_decay(trainer) -> None:
         assert found.keys() == trainable(built.model).keys()
         for name, settings_of in found.items():
             if "id_tokens" in name:
-                assert settings_of == (2e-3, 0.3), name
+                assert settings_of == (2e-3, 0.0 if name.endswith("item_out.scale") else 0.3), name
             else:
                 undecayed = "layer_norm" in name or "relative_attention_bias" in name
                 assert settings_of == (1e-3, 0.0 if undecayed else 0.1), name
@@ -399,8 +399,9 @@ def test_a_finished_run_that_is_started_again_trains_nothing_and_exports_the_sam
     assert (contents(run / "adapter"), contents(run / "checkpoint-6")) == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
 def test_a_run_that_has_moved_still_exports_its_best_checkpoint(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     epochs = ("--num-train-epochs", 4, "--save-total-limit", 10)
     monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.4]))
@@ -409,10 +410,78 @@ def test_a_run_that_has_moved_still_exports_its_best_checkpoint(
     shutil.move(tmp_path / "there", tmp_path / "here")
     shutil.rmtree(tmp_path / "here" / "adapter")
     last = max((tmp_path / "here").glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    shutil.rmtree(last)
-    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.4]))
+    if not finished:
+        shutil.rmtree(last)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([] if finished else [0.4]))
     finetune(home, tmp_path / "here", *epochs)
     assert contents(tmp_path / "here" / "adapter")["id_tokens.safetensors"] == expected
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, cut_weights])
+def test_a_lost_best_checkpoint_is_told_and_no_other_is_exported(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    epochs = ("--num-train-epochs", 3, "--save-total-limit", 10)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.8, 0.6, 0.4]))
+    run = finetune(home, tmp_path / "run", *epochs)
+    shutil.rmtree(run / "adapter")
+    first, _, last = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    damage(first)
+    shutil.rmtree(last)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.4]))
+    with pytest.raises(SystemExit):
+        finetune(home, run, *epochs)
+    assert "its best checkpoint" in capsys.readouterr().err and not (run / "adapter").exists()
+
+
+PATIENT = ("--num-train-epochs", 9, "--early-stopping-patience", 2, "--save-total-limit", 10)
+
+
+def test_patience_is_not_given_anew_when_a_run_goes_on_and_a_stopped_run_stays_stopped(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.2, 0.8, 0.6, 0.4]))
+    run = finetune(home, tmp_path / "run", *PATIENT)
+    expected = contents(run / "adapter")
+    assert len(list(run.glob("checkpoint-*"))) == 4
+
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([]))  # a validation would fail
+    finetune(home, run, *PATIENT)
+    assert contents(run / "adapter") == expected and len(list(run.glob("checkpoint-*"))) == 4
+
+    shutil.rmtree(max(run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.4]))
+    finetune(home, run, *PATIENT)
+    assert contents(run / "adapter") == expected and len(list(run.glob("checkpoint-*"))) == 4
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    run = Path(built.args.output_dir)
+    before: list[str] = []
+
+    def stopped(folder: Path) -> None:
+        before.extend(path.name for path in run.glob("checkpoint-*/manifest.json") if is_complete(path.parent))
+        write_manifest(folder)
+
+    monkeypatch.setattr("genrec_llm.trainer.write_manifest", stopped)
+    built.train()
+    assert before == [MANIFEST], "checkpoint-1 stands until checkpoint-2 has its manifest"
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert is_complete(run / "checkpoint-2")
+
+
+def test_nothing_of_a_broken_checkpoint_stays_in_the_one_written_anew(trainer) -> None:
+    built = trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    left = Path(built.args.output_dir) / "checkpoint-1" / "half-written"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    built.train()
+    assert not left.exists() and is_complete(left.parent)
 
 
 def test_tensors_that_were_not_gathered_are_never_saved(trainer, tmp_path: Path) -> None:
@@ -436,6 +505,10 @@ def test_the_launch_is_described_and_broken_promises_are_refused_together(
         "strategy": "NO", "world_size": 1, "device": "cpu", "precision": "fp32", "global_batch_size": 16,
         "accumulation": 2,
     }  # fmt: skip
+    built.args._n_gpu = 2
+    with pytest.raises(ConfigError, match=r"one process on 2 GPUs .* CUDA_VISIBLE_DEVICES=0"):
+        describe_launch(built)
+    built.args._n_gpu = 0
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError) as caught:
