@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n, mask_seen, one_step_scores, top_items
-from genrec_llm.errors import ConfigError
+from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.evaluation import EvalData
 from genrec_llm.loading import ADAPTER, MERGED, TRAINED, Loaded, load_merged, load_trained, read_info
 
@@ -72,6 +72,8 @@ class Recommender:
         """
         if k < 1:
             raise ConfigError(f"k: {k} items cannot be recommended: ask for at least 1")
+        if isinstance(history, str):
+            raise DataError(f"history: {history!r} is one id: give a list, [{history!r}]")
         indices = self.vocab.encode_items(history)
         scores = self.score_tensor([indices], np.zeros(1, dtype=np.int64))
         if exclude_seen:

@@ -350,8 +350,9 @@ class RunDirectory:
                 "best": best,
             }
             write_json(self.path / RUN_FILE, {**self.facts, "finished": finished})
+            shown = "not measured" if best is None else f"{best:.4f}"
             print(
-                f"{self.stage}: best validation NDCG@10 {best}; {finished['steps']} steps; written to {out}",
+                f"{self.stage}: best validation NDCG@10 {shown}; {finished['steps']} steps; written to {out}",
                 flush=True,
             )
 
@@ -389,7 +390,7 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
     restore(built.model, folder)
     if training.process_index == 0:
         print(
-            f"finetune: adapters and rows from {folder} ({info['stage']}, seed {info['seed']}, validation NDCG@10 "
+            f"finetune: weights and rows from {folder} ({info['stage']}, seed {info['seed']}, validation NDCG@10 "
             f"{info['metrics']['validation_ndcg@10']}); fresh optimizer, learning rate {training.learning_rate:g} "
             f"(rows {training.rows_rate:g})",
             flush=True,

@@ -57,7 +57,7 @@ def both_stages(backbone: str, data: Path, folder: Path) -> None:
         ),
         timeout=1200,
     )
-    assert "adapters and rows from" in output
+    assert "weights and rows from" in output
     output = tiny.run([sys.executable, "recipes/merge.py", "--run", str(folder / "finetune")], timeout=600)
     assert "top-20 agreement 100.0%" in output
 

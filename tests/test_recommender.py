@@ -169,3 +169,8 @@ def test_a_directory_that_is_no_model_is_refused_with_what_to_give(runs: dict[st
     for folder in (tmp_path, runs["t5-tied"]):
         with pytest.raises(ConfigError, match=r"no genrec\.json: not a directory that genrec_llm exported"):
             Recommender.from_pretrained(folder)
+
+
+def test_one_id_instead_of_a_list_is_refused(recommender: Recommender) -> None:
+    with pytest.raises(DataError, match=r"history: 'i1' is one id: give a list, \['i1'\]"):
+        recommender.recommend("i1")
