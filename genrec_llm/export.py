@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
 from genrec_llm.errors import ExportError
-from genrec_llm.files import atomic_directory, read_json, write_json
+from genrec_llm.files import atomic_directory, describe_files, read_json, write_json
 from genrec_llm.loading import (
     ADAPTER,
     FORMAT_VERSION,
@@ -121,7 +121,7 @@ def _write_common(
         "prompt": layout.to_dict(),
         "versions": versions(),
     }
-    write_json(folder / INFO_FILE, content)
+    write_json(folder / INFO_FILE, content | {"files": describe_files(folder)})
     (folder / "README.md").write_text(_card(kind, content, layout), encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,3 +103,32 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path, *, without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file below a folder, by its path there: `{"bytes": …, "sha256": …}`.
+
+    Args:
+        without: paths that are left out.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {str(path.relative_to(folder)): path for path in paths}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, path in names.items()
+        if name not in without
+    }
+
+
+def changed_files(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is no longer as `describe_files` saw it, one sentence a file; empty if all is."""
+    problems = []
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: no such file")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            problems.append(f"{path}: has {size:,} bytes, {entry['bytes']:,} were written")
+        elif (found := sha256_file(path)) != entry["sha256"]:
+            problems.append(f"{path}: was changed (sha256 {found[:12]}, {entry['sha256'][:12]} was written)")
+    return problems

@@ -1,13 +1,14 @@
 """What comes back from an exported directory: its model, and the problems where its files do not fit together.
 
-Every file is looked at before a library reads it, so that a lost or cut one is named, and never replaced in silence.
+Every file is compared with what was exported before a library reads it: a lost, cut or changed one is named, and never
+replaced in silence. Nothing is unpickled, and no code comes with a model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from genrec_llm.errors import ConfigError, DataError, listed
-from genrec_llm.files import read_json, sha256_file
+from genrec_llm.files import changed_files, read_json, sha256_file
 from genrec_llm.model import (
     FAMILIES,
     GenRecBackbone,
@@ -48,12 +49,8 @@ WEIGHTS_FILE = "model.safetensors"
 ADAPTER, TRAINED, MERGED = "adapter", "trained", "merged"
 """Directory names in a run, and the `kind` in their genrec.json. "trained" is full tuning's state, not for sharing."""
 
-_FILES = {
-    ADAPTER: ("adapter_config.json", "adapter_model.safetensors", ROWS_FILE),
-    TRAINED: ("config.json", ROWS_FILE),
-    MERGED: ("config.json", "generation_config.json"),
-}
-"""What a directory of each kind has, beside the weights of a whole model and what all kinds have."""
+LOADABLE = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py")
+"""Endings of files that a library might load in place of those that were exported."""
 _SAMPLE = 64
 """Values of each weight that the fingerprint reads."""
 
@@ -97,32 +94,24 @@ def read_info(folder: Path, *kinds: str) -> dict[str, Any]:
     return info
 
 
-def check_files(folder: Path, kind: str) -> None:
-    """Refuse a directory with lost or cut files, before the libraries answer with errors (or defaults) of their own.
+def check_files(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a directory that is not as it was exported: files lost, cut short, changed, or weights and code put there.
+
+    Args:
+        info: its genrec.json.
 
     Raises:
         ConfigError: every such file.
     """
-    names = [*_FILES[kind], "tokenizer.json", "tokenizer_config.json", ITEMS_FILE]
-    problems = []
-    if kind != ADAPTER:
-        index = folder / f"{WEIGHTS_FILE}.index.json"
-        names += sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
-    for name in names:
-        try:
-            if not (folder / name).is_file():
-                raise DataError(f"{folder / name}: no such file")
-            if name.endswith(".json"):
-                read_json(folder / name)
-            elif name.endswith(".safetensors"):
-                _shapes(folder / name)
-            else:
-                IdVocab.load(folder)
-        except (DataError, OSError, SafetensorError) as error:
-            place = "" if isinstance(error, DataError) else f"{folder / name}: not a whole safetensors file: "
-            problems.append(_mended(folder, f"{place}{error}"))
+    listed = info.get("files", {})
+    problems = changed_files(folder, listed) if listed else [f"{folder / INFO_FILE}: does not list its files"]
+    problems += [
+        f"{path}: is none of the exported files"
+        for path in sorted(folder.iterdir())
+        if path.name not in listed and path.name.endswith(LOADABLE)
+    ]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([_mended(folder, problem) for problem in problems])
 
 
 def _mended(folder: Path, problem: object) -> str:
@@ -166,7 +155,7 @@ def open_directory(folder: Path, *kinds: str) -> tuple[dict[str, Any], PreTraine
         ConfigError: not a directory of one of `kinds`, or files are lost, cut short or do not fit together.
     """
     info = read_info(folder, *kinds)
-    check_files(folder, info["kind"])
+    check_files(folder, info)
     tokenizer, vocab = AutoTokenizer.from_pretrained(folder), IdVocab.load(folder)
     layout = PromptLayout.from_dict(info["prompt"])
     _check_together(folder, info["kind"], tokenizer, vocab, layout)

@@ -24,7 +24,7 @@ from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
 from genrec_llm.decoding import mask_seen, rank_targets
 from genrec_llm.errors import ConfigError, DataError, ExportError
 from genrec_llm.evaluation import EvalData
-from genrec_llm.files import read_json, sha256_file, write_json, writing
+from genrec_llm.files import changed_files, describe_files, read_json, write_json, writing
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of
 from genrec_llm.tasks import PromptLayout, Task
@@ -282,11 +282,7 @@ def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_manifest(folder: Path) -> None:
     """Record size and hash of every file of a finished checkpoint."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    names = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
-    }
-    write_json(folder / MANIFEST, {"files": names})
+    write_json(folder / MANIFEST, {"files": describe_files(folder, without=[MANIFEST])})
 
 
 def is_complete(folder: Path) -> bool:
@@ -295,12 +291,7 @@ def is_complete(folder: Path) -> bool:
         listed = read_json(folder / MANIFEST)["files"]
     except DataError:  # there is none, or it was cut short
         return False
-    return all(
-        (folder / name).is_file()
-        and (folder / name).stat().st_size == entry["bytes"]
-        and sha256_file(folder / name) == entry["sha256"]
-        for name, entry in listed.items()
-    )
+    return not changed_files(folder, listed)
 
 
 def last_complete_checkpoint(run: Path) -> str | None:

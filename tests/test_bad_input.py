@@ -22,6 +22,8 @@ from tiny import contents, recipe
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from genrec_llm import export
+from genrec_llm.files import describe_files, read_json, write_json
+from genrec_llm.loading import INFO_FILE
 from genrec_llm.model import bare_tokenizer
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import load_run_data
@@ -586,6 +588,11 @@ def test_a_model_of_a_later_format(run: Path, tmp_path: Path, refused: Refused) 
 def test_rows_of_another_catalogue_beside_the_adapter(run: Path, home: Path, tmp_path: Path, refused: Refused) -> None:
     path = run / "adapter" / "id_tokens.safetensors"
     save_file({**load_file(path), "item_in": torch.zeros(7, 16)}, path, {"tied_scale": "1.0"})
+    with untouched(tmp_path):
+        assert str(path) in refused("merge", "--run", run)[0]
+    info = read_json(path.parent / INFO_FILE)
+    info["files"] |= describe_files(path.parent, without=[INFO_FILE, "README.md"])
+    write_json(path.parent / INFO_FILE, info)
     with untouched(tmp_path):
         problems = refused("merge", "--run", run)
     assert any("item_in" in problem and "[7, 16]" in problem for problem in problems)
