@@ -15,7 +15,7 @@ help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 
 demo: $(STAMP)  ## train, evaluate, merge and recommend on MovieLens-100K with a tiny model
-	@$(WITH_VENV) python tools/demo.py
+	@$(WITH_VENV) genrec demo
 
 test: $(STAMP) compilers  ## the tests that end in minutes on two cores
 	@$(WITH_VENV) python -m pytest -q

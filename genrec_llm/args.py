@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from genrec_llm.errors import ConfigError
 
@@ -29,6 +30,12 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError(problems)
+
+
+def _hub_problems(push_to_hub: bool, hub_model_id: str | None) -> list[str]:
+    if push_to_hub and not hub_model_id:
+        return ["push_to_hub: say where to with --hub-model-id org/name"]
+    return []
 
 
 @dataclass
@@ -194,6 +201,14 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "DDP: look for parameters without a gradient; there are none, and looking costs time."},
     )
     seed: int = field(default=0, metadata={"help": "Of weights, draws and dropout."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Push the finished adapter to --hub-model-id, without user rows; no checkpoint is pushed."},
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "Only `end`: the finished adapter is pushed."})
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Make the repository private where it is not there yet."}
+    )
 
     def __post_init__(self) -> None:
         problems = [*_one_of("targets", self.targets, ("all", "last"))]
@@ -206,6 +221,9 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
             problems.append(
                 "average_tokens_across_devices: the loss is a mean over the targets of the whole global batch: leave it true"
             )
+        problems += _hub_problems(self.push_to_hub, self.hub_model_id)
+        if self.hub_strategy not in ("end", HubStrategy.END):
+            problems.append(f"hub_strategy: {self.hub_strategy!r} would share checkpoints: leave it at end")
         _raise(problems)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
         super().__post_init__()
@@ -240,9 +258,21 @@ class MergeArguments:
     without_users: bool = field(
         default=False, metadata={"help": "Leave the user rows out; all users are <user_unknown>."}
     )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the merged model to --hub-model-id, without user rows."}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "org/name on the Hub."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch on the Hub; by default the main one."})
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Make the repository private where it is not there yet."}
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub name of the base checkpoint for the card, when the run was trained on a folder."},
+    )
 
     def __post_init__(self) -> None:
-        _raise(_one_of("dtype", self.dtype, DTYPES))
+        _raise(_one_of("dtype", self.dtype, DTYPES) + _hub_problems(self.push_to_hub, self.hub_model_id))
 
 
 @dataclass

@@ -1,23 +1,31 @@
-"""`genrec`: look at data, prepare it, ask a model for items.
+"""`genrec`: from interactions to a shared model, one verb a step.
 
-    genrec data info movielens-100k
-    genrec data prepare shop.csv --k-core 5 --output-dir prepared/shop
-    genrec recommend runs/movielens/finetune/merged 50 181
+    genrec data info shop.csv
+    genrec finetune --dataset shop.csv --backbone google/flan-t5-small --output-dir runs/shop
+    genrec merge --run runs/shop
+    genrec evaluate --run runs/shop
+    genrec recommend runs/shop/merged tea mug
+    genrec push runs/shop/adapter org/name
 
-A verb is one function, and imports what it needs itself, so that `genrec --help` answers at once.
+A verb is one function, and imports what it needs itself, so that `genrec --help` answers at once. The flags of a recipe are
+the recipe's: `pretrain`, `finetune`, `merge` and `evaluate` hand them on as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from genrec_llm import __version__
-from genrec_llm.errors import ConfigError, exits_cleanly
+from genrec_llm.errors import ConfigError, counted, exits_cleanly
+from genrec_llm.launch import did_you_mean, recipe_command, run, training_command
 
 if TYPE_CHECKING:
     from genrec_llm.data import Interactions
@@ -38,8 +46,23 @@ def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("genrec_llm").setLevel(logging.INFO)
-    args = _parser().parse_args()
-    args.verb(args)
+    args, rest = _parser().parse_known_args()
+    if args.recipe:
+        args.rest = rest
+    elif rest:
+        flags = [word for word in rest if word.startswith("-")]
+        if flags or "items" not in args:
+            raise ConfigError([f"{word}: unknown flag{did_you_mean(word, args.flags)}" for word in flags or rest])
+        args.items += rest  # argparse takes a list that may be empty for ended at the first flag
+    try:
+        args.verb(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(128 + 2)
+    except BrokenPipeError:  # of `genrec … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
 
 
 def data_info(args: argparse.Namespace) -> None:
@@ -114,48 +137,233 @@ def data_prepare(args: argparse.Namespace) -> None:
         ]
     )
     print("\nThe splits hold raw user ids: think twice before you share them.")
-    launch = "accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py"
     flags = ["--dataset", args.dataset, *_data_flags(args), "--output-dir", f"runs/{data.name}/pretrain"]
     print("Training reads the log itself; this folder is for other programs.")
-    print(f"Next, from the repository: {launch} {shlex.join(flags)}")
+    print(f"Next: genrec pretrain {shlex.join(flags)}")
     print("Without network or a checkpoint, add: --backbone t5-micro --backbone-init random --tuning full")
 
 
+def train(args: argparse.Namespace) -> None:
+    """Run a training recipe under `accelerate launch`, on this machine."""
+    if {"-h", "--help"} & {*args.rest}:
+        args.parser.print_help()
+        sys.exit(run(recipe_command(args.recipe, ["--help"])))
+    misspelt = [word for word in args.rest if difflib.get_close_matches(word.split("=")[0], args.flags, cutoff=0.85)]
+    if misspelt:  # else the recipe would refuse it, with the nearest of its own flags
+        raise ConfigError([f"{word}: unknown flag{did_you_mean(word, args.flags)}" for word in misspelt])
+    sys.exit(run(training_command(args.recipe, args.rest, strategy=args.strategy, processes=args.processes)))
+
+
+def one_process(args: argparse.Namespace) -> None:
+    """Run a recipe that needs no launcher."""
+    sys.exit(run(recipe_command(args.recipe, args.rest)))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """The whole way on MovieLens-100K, on a CPU: pretrain, finetune, merge, evaluate, recommend."""
+    from genrec_llm.demo import run_demo
+
+    run_demo(args.output_dir, seed=args.seed)
+
+
 def recommend(args: argparse.Namespace) -> None:
-    """Print a model's best next items after a history."""
+    """Print a model's best next items after a history, or answer a file of histories."""
+    if args.input is None and not args.items and args.user is None:
+        raise ConfigError(
+            "recommend: nothing to go by: name items that somebody had (ids, or parts of their titles), or give --input"
+        )
+    if args.input is None and args.output is not None:
+        raise ConfigError("--output: goes with --input; a single list is printed")
+    if args.input is not None and (args.items or args.user is not None):
+        raise ConfigError("--input: its lines name items and users: leave them out of the command")
+
+    from genrec_llm.ask import STANDARD, find_items, write_lists
     from genrec_llm.recommender import Recommender
 
-    recommender = Recommender.from_pretrained(args.model)
-    found = recommender.recommend(args.items, k=args.k, exclude_seen=not args.keep_seen)
+    recommender = Recommender.from_pretrained(args.model, revision=args.revision)
+    items = recommender.vocab.items
+    words = find_items([*args.items, *args.exclude], items)
+    history, exclude = words[: len(args.items)], words[len(args.items) :]
+    options: dict[str, Any] = {"k": args.k, "exclude_seen": not args.keep_seen, "exclude": exclude}
+    if args.input is not None:
+        done = write_lists(recommender, args.input, args.output or STANDARD, **options)
+        print(done, file=sys.stderr)
+        return
+
+    found = recommender.recommend(history, user=args.user, **options)
+    titles = dict(zip(items["item"], items["title"], strict=True)) if "title" in items else {}
+    who = f" of user {args.user}" if args.user is not None else ""
+    print(f"History{who}, oldest first:" if history else f"History{who}: none is given")
+    _print_table([("  " + item, titles.get(item) or "") for item in history])
+    print()
+    if not found:
+        print(
+            f"Nothing is left to recommend: of the model's {counted(len(items), 'item')} all are in the history or excluded."
+            + ("" if args.keep_seen else " --keep-seen recommends items of the history again.")
+        )
+        return
     rows = [(str(rank), one.item, one.title or "", f"{one.score:.4f}") for rank, one in enumerate(found, start=1)]
     _print_table([("rank", "item", "title", "score"), *rows])
 
 
+def push(args: argparse.Namespace) -> None:
+    """Share an adapter/ or merged/ directory on the Hugging Face Hub, in one commit, with its card."""
+    from genrec_llm.hub import push as push_folder
+
+    pushed = push_folder(
+        Path(args.folder),
+        args.repo_id,
+        revision=args.revision,
+        private=args.private,
+        with_users=args.with_users,
+        base_model=args.base_model,
+        dry_run=args.dry_run,
+    )
+    _print_sizes(pushed.files)
+    if pushed.commit is None:
+        print(f"\nDry run: nothing was sent. It would go to {pushed.url}")
+    else:
+        print(f"\nPushed to {pushed.url}, commit {pushed.commit}")
+        print(f"Next: genrec recommend {args.repo_id} ITEM ...")
+
+
+def pull(args: argparse.Namespace) -> None:
+    """Fetch a model from the Hugging Face Hub, and compare its files with what was pushed."""
+    from genrec_llm.hub import pull as pull_model
+
+    pulled = pull_model(args.repo_id, revision=args.revision, output_dir=args.output_dir)
+    files = sorted(path for path in pulled.folder.rglob("*") if path.is_file())
+    _print_sizes({str(path.relative_to(pulled.folder)): path.stat().st_size for path in files})
+    print(f"\n{args.repo_id} at commit {pulled.commit} lies in {pulled.folder}")
+    print(f"Next: genrec recommend {shlex.quote(str(pulled.folder))} ITEM ...")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draw a run's learning curves, metrics, ranks and item rows into its plots/ folder."""
+    from genrec_llm.plots import draw_run
+
+    written = draw_run(Path(args.run))
+    if not written:
+        raise ConfigError(f"{args.run}: has no files to draw from yet: finish its training first")
+    for path in written:
+        print(path)
+
+
+def _help(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, indent_increment=1)  # with 2, the longest verb would not fit beside its text
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes flags by their full name alone; says what is wrong in one line, with the nearest name."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_help, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; {self.prog} --help shows how")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise ConfigError(f"{self.prog}: no verb {value!r}{did_you_mean(value, action.choices)}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="genrec",
         description="Turn a pretrained language model into a generative sequential recommender.",
     )
     parser.add_argument("--version", action="version", version=f"genrec {__version__}")
+    parser.set_defaults(recipe=None)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    shown = verbs.add_parser("demo", help="the whole way on MovieLens-100K, on a CPU", description=demo.__doc__)
+    shown.add_argument("--seed", type=int, default=0, help="of weights, draws and dropout (default: %(default)s)")
+    shown.add_argument(
+        "--output-dir", type=Path, default=Path("runs/demo"), help="where the runs go (default: %(default)s)"
+    )
+    _finish(shown, demo)
 
     data = verbs.add_parser("data", help="look at a data set, or split it and write it down")
     data_verbs = data.add_subparsers(title="verbs", metavar="VERB", required=True)
     info = data_verbs.add_parser("info", help="print what a data set holds", description=data_info.__doc__)
     _add_data_flags(info)
-    info.set_defaults(verb=data_info)
+    _finish(info, data_info)
     prepare = data_verbs.add_parser("prepare", help="write the split to disk", description=data_prepare.__doc__)
     _add_data_flags(prepare)
     prepare.add_argument("--output-dir", required=True, help="new folder for the splits and items.parquet")
-    prepare.set_defaults(verb=data_prepare)
+    _finish(prepare, data_prepare)
+
+    for name, does in (
+        ("pretrain", "stage 1: learn to fill in masked items"),
+        ("finetune", "stage 2: learn the next item"),
+    ):
+        stage = verbs.add_parser(name, add_help=False, help=does, description=f"{does.capitalize()}. {train.__doc__}")
+        stage.add_argument(
+            "--strategy",
+            help="a file of accelerate_configs/: cpu, single_gpu, ddp, zero2, ... "
+            "(default: cpu without a GPU, single_gpu with one, ddp with several)",
+        )
+        stage.add_argument(
+            "--processes", type=_positive, help="how many (default: one a GPU; ddp and zero on a CPU: two)"
+        )
+        stage.epilog = f"All other flags are those of recipes/{name}.py, such as --config, --dataset, --output-dir:"
+        _finish(stage, train, recipe=name)
+    for name, does in (
+        ("merge", "make a plain transformers checkpoint of a run"),
+        ("evaluate", "rank all users of a split, beside baselines"),
+    ):
+        _finish(verbs.add_parser(name, add_help=False, help=does), one_process, recipe=name)
 
     ask = verbs.add_parser("recommend", help="ask a trained model for items", description=recommend.__doc__)
-    ask.add_argument("model", help="adapter/ or merged/ directory of a run")
-    ask.add_argument("items", nargs="+", metavar="ITEM", help="raw ids of the history, oldest first")
+    ask.add_argument("model", help="adapter/ or merged/ directory of a run, or org/name on the Hub")
+    ask.add_argument(
+        "items", nargs="*", metavar="ITEM", help="what somebody had, oldest first: an id, or a part of a title"
+    )
+    ask.add_argument("--revision", help="branch, tag or commit on the Hub")
+    ask.add_argument("--user", help="raw user id, whose row is read beside the items; needs the run's users.parquet")
     ask.add_argument("-k", type=_positive, default=10, help="how many items (default: %(default)s)")
     ask.add_argument("--keep-seen", action="store_true", help="let items of the history be recommended again")
-    ask.set_defaults(verb=recommend)
+    ask.add_argument(
+        "--exclude", action="append", default=[], metavar="ITEM", help="never this one; may be given several times"
+    )
+    ask.add_argument(
+        "--input",
+        metavar="FILE",
+        help='many histories of ids, a line {"history": ["id", ...], "user": "id"} each; - is stdin',
+    )
+    ask.add_argument(
+        "--output", metavar="FILE", help="where the lists go, a json line each (default: -, which is stdout)"
+    )
+    _finish(ask, recommend)
+
+    share = verbs.add_parser("push", help="share a model on the Hugging Face Hub", description=push.__doc__)
+    share.add_argument("folder", help="adapter/ or merged/ directory of a run")
+    share.add_argument("repo_id", metavar="org/name", help="the model's name on the Hub")
+    share.add_argument("--revision", help="branch that it goes to (default: main)")
+    share.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    share.add_argument("--with-users", action="store_true", help="send the rows of known users, too; their ids never")
+    share.add_argument(
+        "--base-model", metavar="org/name", help="Hub name of the base, where it was a folder in training"
+    )
+    share.add_argument("--dry-run", action="store_true", help="do all but send: check, and list every file")
+    _finish(share, push)
+
+    fetch = verbs.add_parser("pull", help="fetch a model from the Hugging Face Hub", description=pull.__doc__)
+    fetch.add_argument("repo_id", metavar="org/name", help="the model's name on the Hub")
+    fetch.add_argument("--revision", help="branch, tag or commit (default: main, pinned to the commit that it is at)")
+    fetch.add_argument("--output-dir", help="new folder for a copy (default: the Hub's cache alone)")
+    _finish(fetch, pull)
+
+    draw = verbs.add_parser("plot", help="draw the pictures of a run", description=plot.__doc__)
+    draw.add_argument("run", help="run directory of a pretraining or finetuning")
+    _finish(draw, plot)
     return parser
+
+
+def _finish(parser: argparse.ArgumentParser, verb: Callable[[argparse.Namespace], None], **settings: Any) -> None:
+    """Tie a verb's function to its parser, with the flags that a misspelt one may have meant."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    parser.set_defaults(verb=verb, parser=parser, flags=flags, **settings)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +405,18 @@ def _share(marks: Sequence[bool]) -> str:
     return f"{sum(marks):,} of {len(marks):,} ({sum(marks) / len(marks):.1%})" if len(marks) else "none"
 
 
+def _print_sizes(files: Mapping[str, int]) -> None:
+    digits = len(f"{sum(files.values()):,}")
+    _print_table(
+        [*((name, f"{size:{digits},} bytes") for name, size in files.items()), ("", f"{sum(files.values()):,} bytes")]
+    )
+
+
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

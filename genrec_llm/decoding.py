@@ -55,9 +55,18 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return F.pad(items, (0, k - kept), value=NOTHING), F.pad(values, (0, k - kept), value=-torch.inf)
 
 
-@torch.no_grad()
-def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout) -> Tensor:
-    """Scores of all items by a merged `transformers` model, fp32 `[batch, items]`: one pass, head over items alone."""
+def item_rows(model: Any, layout: PromptLayout) -> Tensor:
+    """Output rows of a merged `transformers` model, fp32 `[items, d_model]`: a view of its head where that is fp32."""
+    return model.get_output_embeddings().weight[layout.base : layout.base + layout.num_items].detach().float()
+
+
+@torch.inference_mode()
+def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout, rows: Tensor | None = None) -> Tensor:
+    """Scores of all items by a merged `transformers` model, fp32 `[batch, items]`: one pass, head over items alone.
+
+    Args:
+        rows: `item_rows(model, layout)`, for callers that score often: a bf16 head is then not turned into fp32 each time.
+    """
     encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     decoded = model.get_decoder()(
         input_ids=batch["decoder_input_ids"],
@@ -65,8 +74,7 @@ def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout) 
         encoder_attention_mask=batch["attention_mask"],
         use_cache=False,
     )
-    rows = model.get_output_embeddings().weight[layout.base : layout.base + layout.num_items]
-    return F.linear(decoded.last_hidden_state[:, -1].float(), rows.float())
+    return F.linear(decoded.last_hidden_state[:, -1].float(), item_rows(model, layout) if rows is None else rows)
 
 
 class _ExcludeItems(LogitsProcessor):
@@ -80,7 +88,7 @@ class _ExcludeItems(LogitsProcessor):
         return scores.masked_fill(~self.allowed.repeat_interleave(beams, dim=0), -torch.inf)  # type: ignore[return-value]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_top_n(
     model: Any,
     batch: dict[str, Tensor],

@@ -178,7 +178,7 @@ class EvalReport:
         Raises:
             ConfigError: the two were not made under the same protocol or for the same users.
         """
-        _check_comparable([self, baseline])
+        check_comparable([self, baseline])
         return {
             "HR@10": paired_difference(hit_rate(self.ranks, 10), hit_rate(baseline.ranks, 10)),
             "NDCG@10": paired_difference(ndcg(self.ranks, 10), ndcg(baseline.ranks, 10)),
@@ -254,7 +254,12 @@ def build_report(name: str, ranked: RankedUsers, data: EvalData, *, exclude_seen
     return EvalReport(name, protocol, metrics, data.users, ranks)
 
 
-def _check_comparable(reports: Sequence[EvalReport]) -> None:
+def check_comparable(reports: Sequence[EvalReport]) -> None:
+    """Refuse reports that do not share a protocol and its users.
+
+    Raises:
+        ConfigError: what differs.
+    """
     first = reports[0]
     problems = []
     for other in reports[1:]:
@@ -274,7 +279,7 @@ def markdown(reports: Sequence[EvalReport]) -> str:
     Raises:
         ConfigError: the reports were not made under the same protocol.
     """
-    _check_comparable(reports)
+    check_comparable(reports)
 
     def cell(interval: Interval) -> str:
         bounds = "" if math.isnan(interval.low) else f" [{interval.low:.4f}, {interval.high:.4f}]"
@@ -285,43 +290,6 @@ def markdown(reports: Sequence[EvalReport]) -> str:
     rows.append(["history shown", *(str(report.protocol.max_history or "all") for report in reports)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{reports[0].protocol}; 95 % bootstrap intervals over users.\n\n{table}\n"
-
-
-def plot(reports: Sequence[EvalReport], path: str | os.PathLike[str]) -> None:
-    """Bars of the main metrics with their 95 % intervals, one colour a report, written as a PNG.
-
-    Raises:
-        ConfigError: the reports were not made under the same protocol.
-        ExportError: the file cannot be written.
-    """
-    _check_comparable(reports)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(7.0, 1.5 + 0.36 * len(HEADLINE) * (len(reports) + 1)), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    width = 0.8 / len(reports)
-    for position, report in enumerate(reports):
-        intervals = [report.metrics[name] for name in HEADLINE]
-        means = np.array([interval.mean for interval in intervals])
-        below = means - [interval.low for interval in intervals]
-        above = [interval.high for interval in intervals] - means
-        centres = np.arange(len(HEADLINE)) + (position - (len(reports) - 1) / 2) * width
-        axes.bar(centres, means, width * 0.9, label=report.name, color=f"C{position}")
-        axes.errorbar(centres, means, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-        for centre, interval in zip(centres, intervals, strict=True):
-            text = f"{interval.mean:.3f}".removeprefix("0")
-            axes.annotate(text, (centre, interval.high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    axes.set_xticks(range(len(HEADLINE)), HEADLINE)
-    axes.set_ylabel("mean over users, 95 % interval")
-    axes.set_title(str(reports[0].protocol), fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.grid(True, color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, ncols=min(len(reports), 4), loc="upper left", bbox_to_anchor=(0, -0.08))
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
 
 
 @dataclass(frozen=True)
@@ -379,7 +347,7 @@ def write_summary(
     generated: GeneratedLists,
     facts: dict[str, Any],
 ) -> str:
-    """Write `report.json`, `report.md`, `metrics.png` and one folder of ranks a recommender; returns the text of report.md.
+    """Write `report.json`, `report.md` and one folder of ranks a recommender; returns the text of report.md.
 
     Args:
         facts: what made the numbers: command, commit, hardware, versions.
@@ -404,7 +372,6 @@ def write_summary(
     text = "\n".join(lines)
     for report in (ours, *rivals):
         report.save(folder / report.name.replace(" ", "_"))
-    plot([ours, *rivals], folder / "metrics.png")
     with atomic_file(folder / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(

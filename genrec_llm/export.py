@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from genrec_llm.batching import as_tensors
+from genrec_llm.card import write_card
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
 from genrec_llm.errors import ExportError
 from genrec_llm.files import atomic_directory, describe_files, read_json, write_json
@@ -121,47 +123,7 @@ def _write_common(
         "prompt": layout.to_dict(),
         "versions": versions(),
     }
-    write_json(folder / INFO_FILE, content | {"files": describe_files(folder)})
-    (folder / "README.md").write_text(_card(kind, content, layout), encoding="utf-8")
-
-
-def _card(kind: str, info: Mapping[str, Any], layout: PromptLayout) -> str:
-    """A minimal card: what it is and how it is used."""
-    base = info["base_model"]["name"]
-    history, beams = list(range(min(3, layout.num_items))), min(10, layout.num_items)
-    lines = [
-        "---",
-        "library_name: " + ("peft" if kind == ADAPTER else "transformers"),
-        "tags: [recommendation, sequential-recommendation, genrec]",
-        "---",
-        f"# Sequential recommender on {base} ({kind})",
-        "",
-        f"{layout.num_items} items as new tokens; data set {info['data']['name']}; made with genrec_llm.",
-        "",
-    ]
-    if kind == MERGED:
-        lines += [
-            "With `transformers` alone: `input_ids` are item tokens, oldest first, then the mask and the end; the decoder "
-            "starts with the mask and the last item.",
-            "",
-            "```python",
-            "import torch",
-            "from transformers import AutoModelForSeq2SeqLM",
-            "",
-            'model = AutoModelForSeq2SeqLM.from_pretrained(".").eval()',
-            f"base, mask, end = {layout.base}, {layout.mask_ids[0]}, {layout.eos_id}",
-            f"history = {history}  # indices of items.parquet, oldest first",
-            f"user = [{layout.first_user_id}]" if layout.user_token else "user = []",
-            "ids = torch.tensor([[*user, *(base + item for item in history), mask, end]])",
-            "prompt = torch.tensor([[mask, base + history[-1]]])"
-            if layout.decoder_prompt == "last-item"
-            else "prompt = torch.tensor([[mask]])",
-            f"top = model.generate(ids, decoder_input_ids=prompt, num_beams={beams}, num_return_sequences={beams})",
-            "print((top[:, -1] - base).tolist())  # indices of items.parquet, best first",
-            "```",
-            "",
-        ]
-    return "\n".join(lines)
+    write_card(folder, content | {"files": describe_files(folder)})
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -259,7 +221,7 @@ def merge(
                 f"{out}: the merged model does not say the same as the trained one ({parity}; tolerance "
                 f"{tolerance:.3g}); nothing was written. Merge in float32"
             )
-        write_json(folder / INFO_FILE, {**read_json(folder / INFO_FILE), "parity": parity})
+        write_card(folder, {**read_json(folder / INFO_FILE), "parity": parity})
     return parity
 
 
@@ -269,6 +231,64 @@ def _tokenizer_without_users(tokenizer: PreTrainedTokenizerBase, layout: PromptL
     state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["id"] < layout.vocab_size]
     tokenizer.backend_tokenizer.__setstate__(json.dumps(state).encode())
     return tokenizer
+
+
+USER_ROWS = {
+    "user_in": 0,
+    "shared.weight": 0,
+    "embed_tokens.weight": 0,
+    "lm_head.weight": 0,
+    "final_logits_bias": 1,
+}
+"""Tensors of exported directories whose last rows (along this axis) are the users'."""
+
+
+def write_without_users(folder: Path, out: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Write those files of an adapter or merged directory that change when its known users are left out.
+
+    Row 0 and the word of `<user_unknown>` stay, so that whoever asks without a user gets the same scores as before.
+
+    Args:
+        out: an existing folder; files that hold nothing of users are not written to it.
+        info: genrec.json of `folder`.
+
+    Returns:
+        What genrec.json is without them.
+    """
+    layout = PromptLayout.from_dict(info["prompt"]).without_users()
+    _tokenizer_without_users(AutoTokenizer.from_pretrained(folder), layout).save_pretrained(out)
+    removed = sum(_rows_without_users(path, out / path.name, layout) for path in folder.glob("*.safetensors"))
+    if info["kind"] == MERGED:
+        write_json(out / "config.json", {**read_json(folder / "config.json"), "vocab_size": layout.vocab_size})
+        generation_config(layout).save_pretrained(out)
+        index = f"{WEIGHTS_FILE}.index.json"
+        if (folder / index).is_file():
+            shards = read_json(folder / index)
+            shards["metadata"]["total_size"] -= removed
+            write_json(out / index, shards)
+    return {**info, "prompt": layout.to_dict()}
+
+
+def _rows_without_users(path: Path, out: Path, layout: PromptLayout) -> int:
+    """Write a file of tensors again without the rows of known users, if it has any; bytes of tensors left out."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: USER_ROWS.get(_last_names(name)) for name in file.keys()}  # noqa: SIM118
+        if all(axis is None for axis in tensors.values()):
+            return 0
+        state, removed = {}, 0
+        for name, axis in tensors.items():
+            state[name] = value = file.get_tensor(name)
+            if axis is not None:
+                keep = layout.num_user_rows if name == "user_in" else layout.vocab_size
+                state[name] = value.narrow(axis, 0, keep).contiguous().clone()
+                removed += (value.numel() - state[name].numel()) * value.element_size()
+    save_file(state, out, metadata)
+    return removed
+
+
+def _last_names(name: str) -> str:
+    """`model.encoder.embed_tokens.weight` → `embed_tokens.weight`; a name without a module stays."""
+    return ".".join(name.split(".")[-2:])
 
 
 def sample_batch(layout: PromptLayout, samples: int) -> dict[str, Tensor]:

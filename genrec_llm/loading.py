@@ -10,19 +10,20 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors import safe_open
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,24 +34,52 @@ from genrec_llm.model import (
     FAMILIES,
     GenRecBackbone,
     IdTokens,
+    Quantization,
     add_lora,
     gathered,
     id_tokens_of,
     load_backbone,
+    mask_ids,
     prompt_layout,
+    quantized,
 )
-from genrec_llm.tasks import PromptLayout
-from genrec_llm.vocab import ITEMS_FILE, IdVocab
+from genrec_llm.tasks import DecoderPrompt, PromptLayout
+from genrec_llm.vocab import ITEMS_FILE, UNKNOWN_USER_TOKEN, USERS_FILE, IdVocab, UserMode, read_users
 
 FORMAT_VERSION = 1
 INFO_FILE = "genrec.json"
 ROWS_FILE = "id_tokens.safetensors"
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER, TRAINED, MERGED = "adapter", "trained", "merged"
 """Directory names in a run, and the `kind` in their genrec.json. "trained" is full tuning's state, not for sharing."""
 
-LOADABLE = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py")
-"""Endings of files that a library might load in place of those that were exported."""
+LOADABLE = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".gguf", ".py",
+    ".json", ".model", ".jinja", ".parquet", "vocab.txt", "merges.txt",
+)  # fmt: skip
+"""Endings of files that a library might load in place of those that were exported, or beside them."""
+NEEDED = {
+    ADAPTER: (ADAPTER_CONFIG, ADAPTER_FILE, ROWS_FILE, ITEMS_FILE, "tokenizer.json"),
+    TRAINED: ("config.json", WEIGHTS_FILE, ROWS_FILE, ITEMS_FILE, "tokenizer.json"),
+    MERGED: ("config.json", "generation_config.json", ITEMS_FILE, "tokenizer.json"),
+}
+"""Files of each kind that have to be in the list of genrec.json, so that none is read that was not compared."""
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+"""Files in which `transformers` looks for the names of code to run."""
+FACTS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "base_model": (dict,), "base_model.name": (str,), "base_model.revision": (str, type(None)), "base_model.type": (str,),
+    "data": (dict,), "data.name": (str,), "data.fingerprint": (str,), "data.vocabulary": (str,),
+    "prompt": (dict,), "user_mode": (str,), "user_buckets": (int,), "id_seed": (int,),
+}  # fmt: skip
+"""What genrec.json has to say, and as which types."""
+_PROMPT = PromptLayout(base=1, num_items=1, num_user_rows=1, mask_ids=(0,), eos_id=0, pad_id=0).to_dict()
+_OF_A_RUN = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision"}
+"""Settings of PEFT that a run chooses; `add_lora` leaves the others as they are."""
+_SAID_BY_PEFT = {"inference_mode", "peft_version", "task_type", "auto_mapping"}
+LOST = ("missing_keys", "unexpected_keys", "mismatched_keys")
+"""Where `transformers` reports weights that it did not find, and would have filled at random, or did not use."""
 _SAMPLE = 64
 """Values of each weight that the fingerprint reads."""
 
@@ -85,13 +114,45 @@ def read_info(folder: Path, *kinds: str) -> dict[str, Any]:
         info = read_json(folder / INFO_FILE)
     except DataError as error:
         raise ConfigError(_mended(folder, error)) from error
+    if not isinstance(info, dict):
+        raise ConfigError(_mended(folder, f"{folder / INFO_FILE}: is no json object"))
     if info.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
             f"{folder}: format version {info.get('format_version')}, this genrec_llm reads {FORMAT_VERSION}"
         )
+    if problems := _wrong_facts(info):
+        raise ConfigError([_mended(folder, f"{folder / INFO_FILE}: {problem}") for problem in problems])
     if info["kind"] not in kinds:
-        raise ConfigError(f"{folder}: holds a model of kind {info['kind']!r}, expected {' or '.join(kinds)}")
+        raise ConfigError(
+            f"{folder}: holds a model of kind {info['kind']!r}, expected {' or '.join(kinds)}: give such a one"
+        )
     return info
+
+
+def _wrong_facts(info: dict[str, Any]) -> list[str]:
+    """What genrec.json lacks or says in another type than the one that this module reads."""
+    problems = []
+    for fact, types in FACTS.items():
+        value: Any = info
+        for key in fact.split("."):
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        if type(value) not in types:
+            said = "is not there" if value is ... else f"is {value!r}"
+            problems.append(f"{fact} {said}, expected {' or '.join(kind.__name__ for kind in types)}")
+    mode, buckets = info.get("user_mode"), info.get("user_buckets")
+    right = mode in get_args(UserMode) and type(buckets) is int and (buckets > 0 if mode == "hashed" else buckets == 0)
+    if not right:
+        problems.append(f"user_mode {mode!r} and user_buckets {buckets!r} do not go together")
+    prompt = info.get("prompt")
+    if isinstance(prompt, dict):
+        if {key: type(value) for key, value in prompt.items()} != {key: type(value) for key, value in _PROMPT.items()}:
+            problems.append(f"prompt is {prompt}, expected values such as {_PROMPT}")
+        elif prompt["max_history"] < 1 or prompt["decoder_prompt"] not in get_args(DecoderPrompt):
+            problems.append(
+                f"prompt has max_history {prompt['max_history']} and decoder_prompt {prompt['decoder_prompt']!r}, expected "
+                f"at least 1 and one of {', '.join(get_args(DecoderPrompt))}"
+            )
+    return problems
 
 
 def check_files(folder: Path, info: Mapping[str, Any]) -> None:
@@ -104,14 +165,52 @@ def check_files(folder: Path, info: Mapping[str, Any]) -> None:
         ConfigError: every such file.
     """
     listed = info.get("files", {})
-    problems = changed_files(folder, listed) if listed else [f"{folder / INFO_FILE}: does not list its files"]
-    problems += [
-        f"{path}: is none of the exported files"
-        for path in sorted(folder.iterdir())
-        if path.name not in listed and path.name.endswith(LOADABLE)
-    ]
+    if not listed:
+        raise ConfigError(_mended(folder, f"{folder / INFO_FILE}: does not list its files"))
+    if problems := _wrong_list(folder, info):
+        raise ConfigError([_mended(folder, problem) for problem in problems])
+    problems = changed_files(folder, listed)
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        name = path.relative_to(folder)
+        if str(name) not in {*listed, INFO_FILE} and name.parts[0] != ".cache" and name.name.endswith(LOADABLE):
+            problems.append(f"{path}: is none of the exported files")
+    if not problems:
+        problems = [
+            f"{folder / name}: has auto_map, the name of code to run, which no exported model has"
+            for name in CONFIGS
+            if name in listed and "auto_map" in read_json(folder / name)
+        ]
     if problems:
         raise ConfigError([_mended(folder, problem) for problem in problems])
+
+
+def _wrong_list(folder: Path, info: Mapping[str, Any]) -> list[str]:
+    """Where the list of files in genrec.json is not as an export writes it."""
+    place, listed = folder / INFO_FILE, info["files"]
+    if not isinstance(listed, dict):
+        return [f"{place}: files is {listed!r}, expected the size and hash of each file"]
+    problems = [
+        f"{place}: files has {name!r}, which is no path inside the directory"
+        for name in listed
+        if Path(name).is_absolute() or ".." in Path(name).parts
+    ]
+    problems += [
+        f"{place}: files says {entry!r} of {name!r}, expected bytes and sha256"
+        for name, entry in listed.items()
+        if not isinstance(entry, dict) or (type(entry.get("bytes")), type(entry.get("sha256"))) != (int, str)
+    ]
+    problems += [f"{place}: does not list {name}" for name in NEEDED.get(info["kind"], ()) if name not in listed]
+    return problems
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a library raises about a file that is as it was listed, but not what its name says, into an error."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(_mended(path, f"{path}: cannot be loaded ({reason})")) from error
 
 
 def _mended(folder: Path, problem: object) -> str:
@@ -120,12 +219,12 @@ def _mended(folder: Path, problem: object) -> str:
 
 def _shapes(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Shapes of a file's tensors and its metadata; no tensor is read."""
-    with safe_open(path, framework="pt") as file:
+    with _readable(path), safe_open(path, framework="pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _check_together(
-    folder: Path, kind: str, tokenizer: PreTrainedTokenizerBase, vocab: IdVocab, layout: PromptLayout
+    folder: Path, info: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab: IdVocab, layout: PromptLayout
 ) -> None:
     """Refuse files that are whole, but of another catalogue than genrec.json."""
     problems = []
@@ -133,7 +232,16 @@ def _check_together(
         problems.append(f"{ITEMS_FILE} has {vocab.num_items} items, {INFO_FILE} says {layout.num_items}")
     if len(tokenizer) != layout.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, {INFO_FILE} says {layout.vocab_size}")
-    if kind != MERGED:
+    words = ["<item_0>", f"<item_{layout.num_items - 1}>", UNKNOWN_USER_TOKEN]
+    ids = [layout.base, layout.first_user_id - 1, layout.first_user_id]
+    if [tokenizer.get_vocab().get(word) for word in words] != ids:
+        problems.append(f"its tokenizer has other ids for {', '.join(words)} than {ids}, which {INFO_FILE} says")
+    special = (mask_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if special != (layout.mask_ids, layout.eos_id, layout.pad_id):
+        problems.append(f"its tokenizer has other ids for the mask, end or padding tokens than {INFO_FILE} says")
+    if info["user_mode"] != "each" and _with_users(info, vocab, ()).fingerprint != info["data"]["vocabulary"]:
+        problems.append(f"{ITEMS_FILE} has other items than those that data.vocabulary of {INFO_FILE} stands for")
+    if info["kind"] != MERGED:
         shapes, _ = _shapes(folder / ROWS_FILE)
         width = shapes.get("item_in", [0, 0])[-1]
         rows = {"item_in": layout.num_items, "item_out": layout.num_items, "user_in": layout.num_user_rows}
@@ -156,10 +264,43 @@ def open_directory(folder: Path, *kinds: str) -> tuple[dict[str, Any], PreTraine
     """
     info = read_info(folder, *kinds)
     check_files(folder, info)
-    tokenizer, vocab = AutoTokenizer.from_pretrained(folder), IdVocab.load(folder)
-    layout = PromptLayout.from_dict(info["prompt"])
-    _check_together(folder, info["kind"], tokenizer, vocab, layout)
+    with _readable(folder / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    vocab, layout = IdVocab.load(folder), PromptLayout.from_dict(info["prompt"])
+    _check_together(folder, info, tokenizer, vocab, layout)
     return info, tokenizer, vocab, layout
+
+
+def _with_users(info: Mapping[str, Any], vocab: IdVocab, users: tuple[str, ...]) -> IdVocab:
+    mode, buckets, seed = info["user_mode"], info["user_buckets"], info["id_seed"]
+    return replace(vocab, users=users, user_mode=mode, user_buckets=buckets, seed=seed)
+
+
+def vocabulary_with_users(folder: Path, info: Mapping[str, Any], vocab: IdVocab) -> IdVocab | None:
+    """The vocabulary that a model was trained with, which knows the rows of raw user ids.
+
+    Where each user has a row, their list is users.parquet of the run directory that the model lies in.
+
+    Args:
+        info, vocab: of the directory.
+
+    Returns:
+        None where that list stayed elsewhere.
+
+    Raises:
+        ConfigError: the list is that of another model.
+    """
+    if info["user_mode"] != "each":
+        return _with_users(info, vocab, ())
+    path = folder.resolve().parent / USERS_FILE
+    if not path.is_file():
+        return None
+    whole = _with_users(info, vocab, read_users(path))
+    if whole.fingerprint != info["data"]["vocabulary"]:
+        raise ConfigError(
+            f"{path}: its users are not those that {folder} was trained on: bring the run's own file back"
+        )
+    return whole
 
 
 # --- the base ---------------------------------------------------------------------------------------------------------
@@ -214,11 +355,20 @@ class Loaded:
     info: dict[str, Any]
 
 
-def load_trained(folder: Path, *, backbone: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+def load_trained(
+    folder: Path,
+    *,
+    backbone: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
+) -> Loaded:
     """Load an adapter directory on its freshly loaded base, or full tuning's trained directory.
 
     Args:
         backbone: where the base is now, when it is not where the adapter says.
+        quantization: of the base's linear layers. Its fingerprint is taken before: for that time the base is in memory
+            as a whole, in bf16.
 
     Raises:
         ConfigError: the base is another one than the one trained on, or files are lost, cut short or do not fit together.
@@ -226,24 +376,37 @@ def load_trained(folder: Path, *, backbone: str | None = None, dtype: torch.dtyp
     info, tokenizer, vocab, layout = open_directory(folder, ADAPTER, TRAINED)
     tensors, metadata = load_file(folder / ROWS_FILE), _shapes(folder / ROWS_FILE)[1]
     base_name, revision = backbone or info["base_model"]["name"], info["base_model"]["revision"]
+    if quantization and info["kind"] == TRAINED:
+        raise ConfigError(f"{folder}: quantization: full tuning's state is not quantised: merge it, and load {MERGED}/")
+    quantizing = quantized(quantization, dtype=dtype, device=device)
     if info["kind"] == ADAPTER:
-        model, base_tokenizer = load_backbone(base_name, revision=revision, dtype=dtype)
+        whole_dtype = torch.bfloat16 if quantization else dtype
+        model, base_tokenizer = load_backbone(base_name, revision=revision, dtype=whole_dtype)
         there = prompt_layout(base_tokenizer, vocab, max_history=layout.max_history)
         problems = _base_differences(model, there, info, layout, width=tensors["item_in"].shape[1])
         if problems:
             raise ConfigError(
-                [f"{folder}: backbone {base_name!r} is not the one it was trained on: {p}" for p in problems]
+                [
+                    f"{folder}: backbone {base_name!r} is not the one it was trained on: {problem}; give that one"
+                    for problem in problems
+                ]
             )
+        lora = _lora_config(folder, info)
+        if quantization:
+            del model
+            with _quantizing(quantization, device):
+                model, _ = load_backbone(base_name, revision=revision, dtype=dtype, **quantizing)
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = _config(folder, info)
         own_head, tied_head, _ = FAMILIES[config.model_type]
         has_head = "lm_head.weight" in _shapes(folder / WEIGHTS_FILE)[0]
         model = (own_head if has_head else tied_head)(config).to(dtype)
+    if not quantization:
+        model.to(device)
     item_out = None if "tied_scale" in metadata else tensors["item_out"]
-    model.add_id_tokens(IdTokens(tensors["item_in"], tensors["user_in"], item_out), layout.base)
+    model.add_id_tokens(IdTokens(tensors["item_in"], tensors["user_in"], item_out).to(device), layout.base)
     whole: GenRecBackbone | PeftModel = model
     if info["kind"] == ADAPTER:
-        lora = PeftConfig.from_pretrained(str(folder))
         whole = add_lora(
             model,
             r=lora.r,
@@ -257,6 +420,75 @@ def load_trained(folder: Path, *, backbone: str | None = None, dtype: torch.dtyp
         raise ConfigError(problems)
     restore(whole, folder)
     return Loaded(whole.eval(), tokenizer, vocab, layout, info | {"rows_sha256": sha256_file(folder / ROWS_FILE)})
+
+
+def _config(folder: Path, info: Mapping[str, Any]) -> PreTrainedConfig:
+    """config.json of a directory that holds a whole backbone."""
+    with _readable(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type != info["base_model"]["type"] or config.model_type not in FAMILIES:
+        raise ConfigError(
+            _mended(
+                folder, f"{folder}: is of type {config.model_type!r}, {INFO_FILE} says {info['base_model']['type']!r}"
+            )
+        )
+    return config
+
+
+def _lora_config(folder: Path, info: Mapping[str, Any]) -> LoraConfig:
+    """adapter_config.json, which has to be LoRA as `add_lora` makes it: what else it says would be left out in silence."""
+    path = folder / ADAPTER_CONFIG
+    with _readable(path):
+        lora = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(lora, LoraConfig):
+        raise ConfigError(_mended(folder, f"{path}: peft_type is {lora.peft_type}, expected LORA"))
+    base, plain = info["base_model"], LoraConfig()
+    problems = [
+        f"its {key} is {value!r}, {INFO_FILE} says {said!r}"
+        for key, value, said in (
+            ("base_model_name_or_path", lora.base_model_name_or_path, base["name"]),
+            ("revision", lora.revision, base["revision"]),
+        )
+        if value != said
+    ]
+    if not isinstance(lora.target_modules, set) or type(lora.r) is not int or lora.r < 1:
+        problems.append(
+            f"r is {lora.r!r} on {lora.target_modules!r}, expected a number from 1 on and a list of modules"
+        )
+    problems += [
+        f"{key} is {value!r}, expected {getattr(plain, key)!r}"
+        for key, value in vars(lora).items()
+        if key not in _OF_A_RUN | _SAID_BY_PEFT and value != getattr(plain, key)
+    ]
+    if problems:
+        raise ConfigError([_mended(folder, f"{path}: {problem}") for problem in problems])
+    return lora
+
+
+@contextmanager
+def _quantizing(kind: Quantization, device: str | torch.device) -> Iterator[None]:
+    """Turn what bitsandbytes or `transformers` raise where a device cannot do it into an error."""
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(
+            f"quantization: bitsandbytes cannot do {kind} for this model on {device} ({str(error).splitlines()[0]}): "
+            "choose the other one, another device, or leave quantization out"
+        ) from error
+
+
+def try_quantized(loaded: Loaded, kind: Quantization) -> None:
+    """Run a quantised model once: bitsandbytes lays its weights out on the first call, which two threads must not share.
+
+    Raises:
+        ConfigError: the device cannot run it.
+    """
+    layout, model = loaded.layout, loaded.model
+    ids = torch.tensor([[layout.eos_id]], device=model.device)
+    with _quantizing(kind, model.device), torch.inference_mode():
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        encoded = inner.get_encoder()(input_ids=ids).last_hidden_state
+        inner.get_decoder()(input_ids=ids, encoder_hidden_states=encoded, use_cache=False)
 
 
 def _base_differences(
@@ -276,16 +508,43 @@ def _base_differences(
     return problems
 
 
-def load_merged(folder: Path, *, dtype: torch.dtype | None = None) -> Loaded:
+def load_merged(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
+) -> Loaded:
     """Load a merged directory with `transformers`' own classes.
+
+    Args:
+        quantization: of the linear layers; the tables of items and users stay as they are.
 
     Raises:
         ConfigError: not a merged directory, or files are lost, cut short or do not fit together.
     """
     info, tokenizer, vocab, layout = open_directory(folder, MERGED)
-    with _without_tie_warning():
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype or "auto").eval()
-    return Loaded(model, tokenizer, vocab, layout, info)
+    quantizing = quantized(quantization, dtype=dtype or torch.float32, device=device)
+    config = _config(folder, info)
+    guard = _quantizing(quantization, device) if quantization else _readable(folder)
+    with _without_tie_warning(), guard:
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **quantizing,
+        )
+    problems = [f"its weights have {key}: {listed(sorted(map(str, report[key])))}" for key in LOST if report[key]]
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = [len(table.weight) for table in tables]
+    if rows != [layout.vocab_size] * 2:
+        problems.append(f"its tables have {rows} rows, {INFO_FILE} says {layout.vocab_size}")
+    if problems:
+        raise ConfigError([_mended(folder, f"{folder}: {problem}") for problem in problems])
+    return Loaded(model.eval() if quantization else model.eval().to(device), tokenizer, vocab, layout, info)
 
 
 @contextmanager
@@ -317,6 +576,12 @@ def differences(model: GenRecBackbone | PeftModel, folder: Path) -> list[str]:
     if ("tied_scale" in metadata) != rows.tied:
         problems.append(f"{folder}: tie_item_rows was {'tied_scale' in metadata} there: set it so here")
     if isinstance(model, PeftModel):
+        stored, _ = _shapes(folder / ADAPTER_FILE)
+        here = {
+            name.replace(".default.", "."): list(getattr(value, "ds_shape", value.shape))
+            for name, value in model.named_parameters()
+            if ".default." in name and "id_tokens." not in name
+        }
         theirs, ours = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
         for key in ("r", "lora_alpha"):
             if getattr(theirs, key) != getattr(ours, key):
@@ -324,6 +589,11 @@ def differences(model: GenRecBackbone | PeftModel, folder: Path) -> list[str]:
         if set(theirs.target_modules) != set(ours.target_modules):
             problems.append(
                 f"{folder}: adapters were on {sorted(theirs.target_modules)}, here {sorted(ours.target_modules)}"
+            )
+        other = [name for name in {**stored, **here} if stored.get(name) != here.get(name)]
+        if other and not problems:
+            problems.append(
+                _mended(folder, f"{folder / ADAPTER_FILE}: has other tensors than its configuration ({listed(other)})")
             )
     else:
         stored, _ = _shapes(folder / WEIGHTS_FILE)
@@ -350,7 +620,7 @@ def restore(model: GenRecBackbone | PeftModel, folder: Path) -> None:
         else:
             rows.item_out.weight.copy_(tensors["item_out"])
     if isinstance(model, PeftModel):
-        state: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+        state: dict[str, Tensor] = load_file(folder / ADAPTER_FILE)
         # PEFT asks for what `modules_to_save` names as well.
         state |= {f"base_model.model.id_tokens.{name}": value for name, value in rows.state_dict().items()}
         set_peft_model_state_dict(model, state)

@@ -6,10 +6,11 @@ head stay as they were pretrained. The one place that knows how each backbone fa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    BitsAndBytesConfig,
     MT5ForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
@@ -39,6 +41,7 @@ from genrec_llm.tasks import DecoderPrompt, PromptLayout
 from genrec_llm.vocab import IdVocab
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
+Quantization = Literal["8bit", "4bit"]
 UNTIED_KEYS = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 
 
@@ -102,6 +105,8 @@ class GenRecBackbone(PreTrainedModel):
     accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here, as the Trainer expects
     id_tokens: IdTokens
     id_base: int
+    label_smoothing: float = 0.0
+    """Share of the target's probability that the loss spreads over all items (Szegedy et al., 2016)."""
 
     def add_id_tokens(self, id_tokens: IdTokens, base: int) -> None:
         """Attach the rows; token ids from `base` (the size of the base tokenizer) on are items, then users."""
@@ -138,7 +143,8 @@ class GenRecBackbone(PreTrainedModel):
             num_items_in_batch: targets of the whole global batch; by default those given here.
 
         Returns:
-            With labels the summed cross-entropy over `num_items_in_batch`; without, `logits` `[targets, items]` in fp32.
+            With labels the summed cross-entropy (see `label_smoothing`) over `num_items_in_batch`; without, `logits`
+            `[targets, items]` in fp32.
         """
         encoded = self.get_encoder()(inputs_embeds=self.embed(input_ids), attention_mask=attention_mask)
         hidden = encoded.last_hidden_state
@@ -154,7 +160,8 @@ class GenRecBackbone(PreTrainedModel):
         if labels is None:
             return Seq2SeqLMOutput(logits=scores)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        return Seq2SeqLMOutput(loss=F.cross_entropy(scores, labels, reduction="sum") / count)
+        loss = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        return Seq2SeqLMOutput(loss=loss / count)
 
 
 class GenRecT5(GenRecBackbone, T5ForConditionalGeneration):
@@ -221,7 +228,7 @@ def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
     if name in NAMED_SIZES:
         raise ConfigError(f"backbone: {name!r} is a geometry without weights: add --backbone-init random --tuning full")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"backbone: {name!r} is neither a folder with a config.json nor a model that the Hub answers for "
@@ -236,6 +243,41 @@ def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
     return config
 
 
+def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise a backbone's linear layers; none without a `kind`.
+
+    The head stays as it is, and so do embeddings, norms and T5's `wo` layers, which transformers keeps in fp32.
+
+    Args:
+        dtype: of what is not quantised, and of the sums.
+        device: where the layers are quantised and stay.
+
+    Raises:
+        ConfigError: bitsandbytes is absent, or there is no such kind.
+    """
+    if kind is None:
+        return {}
+    if kind not in get_args(Quantization):
+        raise ConfigError(f"quantization: {kind!r} is none of {', '.join(get_args(Quantization))}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"quantization: {kind} needs bitsandbytes, which does not load here ({error}): "
+            "pip install 'genrec-llm[quant]', or leave quantization out"
+        ) from error
+    config = BitsAndBytesConfig(
+        load_in_8bit=kind == "8bit",
+        load_in_4bit=kind == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    # bitsandbytes 0.50 logs each call of an 8-bit layer whose input is not fp16 (autograd/_functions.py).
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def load_backbone(
     name: str,
     *,
@@ -243,6 +285,7 @@ def load_backbone(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
+    **quantization: Any,
 ) -> tuple[GenRecBackbone, PreTrainedTokenizerBase]:
     """Load a backbone and its tokenizer, both still without id tokens.
 
@@ -252,9 +295,10 @@ def load_backbone(
         revision: branch, tag or commit on the Hub.
         dtype: of the backbone's weights.
         dropout: replaces the checkpoint's dropout probability.
+        quantization: from `quantized`.
 
     Raises:
-        ConfigError: not found, not of a supported family, or without weights or tokenizer.
+        ConfigError: not found, not of a supported family, or without tokenizer or safetensors weights.
     """
     if init == "random" and name in NAMED_SIZES:
         config = AutoConfig.for_model(**NAMED_SIZES[name].to_dict())
@@ -268,7 +312,7 @@ def load_backbone(
                 f"backbone: {name!r} has no tokenizer that loads: add one of {', '.join(TOKENIZER_FILES)}"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"backbone: {name!r} has no tokenizer that loads ({error}): add its files") from error
     if dropout is not None:
@@ -276,14 +320,17 @@ def load_backbone(
     own_head, tied_head, _ = FAMILIES[config.model_type]
     if init == "random":
         return own_head(config).to(dtype), tokenizer
+    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **quantization}
     try:
-        model, info = own_head.from_pretrained(
-            name, config=config, revision=revision, dtype=dtype, output_loading_info=True
-        )
+        model, info = own_head.from_pretrained(name, output_loading_info=True, **options)
+        if own_head is not tied_head and "lm_head.weight" in info["missing_keys"]:
+            model = tied_head.from_pretrained(name, **options)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"backbone: {name!r} has no weights that load: {str(error).splitlines()[0]}") from error
-    if own_head is not tied_head and "lm_head.weight" in info["missing_keys"]:
-        model = tied_head.from_pretrained(name, config=config, revision=revision, dtype=dtype)
+        raise ConfigError(
+            f"backbone: {name!r} has no weights that load: {str(error).splitlines()[0]}. Pickled weights "
+            "(pytorch_model.bin) are not read: give a checkpoint or revision with safetensors, or turn it into one "
+            "yourself, with from_pretrained and save_pretrained of transformers, if you trust it"
+        ) from error
     return model, tokenizer
 
 
@@ -307,6 +354,13 @@ def add_id_words(tokenizer: PreTrainedTokenizerBase, vocab: IdVocab) -> None:
         )
 
 
+def mask_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """Token ids of `<extra_id_0>`, `<extra_id_1>`, … (T5), or of the one mask token, None where there is none."""
+    words = tokenizer.get_vocab()
+    sentinels = [f"<extra_id_{index}>" for index in range(len(words)) if f"<extra_id_{index}>" in words]
+    return tuple(words[word] for word in sentinels) or (tokenizer.mask_token_id,)
+
+
 def prompt_layout(
     tokenizer: PreTrainedTokenizerBase,
     vocab: IdVocab,
@@ -315,16 +369,14 @@ def prompt_layout(
     decoder_prompt: DecoderPrompt = "last-item",
 ) -> PromptLayout:
     """The layout of token ids for a base tokenizer (before `add_id_words`) and a catalogue."""
-    base_vocab = tokenizer.get_vocab()
-    sentinels = [f"<extra_id_{index}>" for index in range(len(base_vocab)) if f"<extra_id_{index}>" in base_vocab]
-    masks = [base_vocab[word] for word in sentinels] or [tokenizer.mask_token_id]
-    if masks == [None] or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+    masks = mask_ids(tokenizer)
+    if masks == (None,) or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise ConfigError("backbone: its tokenizer lacks a mask (<extra_id_0> or <mask>), end or padding token")
     return PromptLayout(
         base=len(tokenizer),
         num_items=vocab.num_items,
         num_user_rows=vocab.num_user_rows,
-        mask_ids=tuple(masks),
+        mask_ids=masks,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         user_token=vocab.user_mode != "none",

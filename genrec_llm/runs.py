@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,15 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.card import is_hub_name, stage_facts
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError
 from genrec_llm.evaluation import EvalData
 from genrec_llm.export import export_trained, versions
 from genrec_llm.files import read_json, sha256_file, write_json
+from genrec_llm.hub import check_remote, push_finished
 from genrec_llm.loading import (
     ADAPTER,
     MERGED,
@@ -34,12 +36,14 @@ from genrec_llm.loading import (
     differences,
     fingerprint,
     open_directory,
+    read_info,
     restore,
     trained_directory,
 )
 from genrec_llm.model import GenRecBackbone, add_id_words, add_lora, load_backbone, prompt_layout
+from genrec_llm.privacy import redacted
 from genrec_llm.rows import initial_rows
-from genrec_llm.sources import load_interactions
+from genrec_llm.sources import SOURCES, load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
 from genrec_llm.trainer import (
     GenRecTrainer,
@@ -59,7 +63,7 @@ COURSE = {
     "training": (
         "seed", "global_batch_size", "masks_per_sequence", "last_item_probability", "targets", "user_dropout",
         "learning_rate", "rows_learning_rate", "rows_weight_decay", "weight_decay", "warmup_steps", "lr_scheduler_type",
-        "num_train_epochs", "max_steps", "from_run", "bf16", "optim",
+        "num_train_epochs", "max_steps", "from_run", "bf16", "optim", "label_smoothing_factor",
     ),
 }  # fmt: skip
 """Arguments that change what training does: a run that goes on from a checkpoint keeps them."""
@@ -225,12 +229,57 @@ def hardware() -> str:
 def provenance() -> dict[str, Any]:
     """What made a number: command, commit, versions, hardware, time (UTC)."""
     return {
-        "command": shlex.join(sys.argv),
+        "command": redacted(sys.argv),
         "commit": git_commit(),
         "versions": versions(),
         "hardware": hardware(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def describe_data(data: Data, args: DataArguments) -> dict[str, Any]:
+    """Facts about a data set that go with every model of it: its size and protocol; no path, no user id."""
+    held_out = sum(len(targets) for targets in data.targets.values())
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "vocabulary": data.vocabulary,
+        "public": args.dataset in SOURCES,
+        "users": len(data.train),
+        "items": data.vocab.num_items,
+        "items_without_training_interactions": int(data.vocab.num_items - len(np.unique(data.train.items))),
+        "interactions": len(data.train.items) + held_out,
+        "k_core": args.k_core,
+        "split": "leave-last-two-out",
+        "max_history": data.max_history,
+        "text_columns": [name for name in data.vocab.items if name not in ("index", "item")],
+    }
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Seconds of training over all sessions of a run: each checkpoint remembers those up to it.
+
+    What a stopped session did after its last checkpoint is done again, and counts once.
+    """
+
+    def __init__(self) -> None:
+        self.earlier, self.start = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Up to now."""
+        return self.earlier + time.monotonic() - self.start
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(
+        self, args: GenRecTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from what the checkpoint remembers, if it does."""
+        stored: dict[str, Any] = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.earlier, self.start = stored["attributes"]["seconds"], time.monotonic()
 
 
 class RunDirectory:
@@ -258,7 +307,7 @@ class RunDirectory:
         self.facts: dict[str, Any] = {
             "stage": stage,
             **provenance(),
-            "data": {"name": data.name, "fingerprint": data.fingerprint, "vocabulary": data.vocabulary},
+            "data": describe_data(data, data_args),
             "arguments": {
                 "data": asdict(data_args),
                 "model": asdict(model_args),
@@ -266,6 +315,29 @@ class RunDirectory:
             },
         }
         self._refuse_another()
+        if training.push_to_hub:
+            self._refuse_push()
+
+    def _refuse_push(self) -> None:
+        """Refuse now what would be refused when the finished adapter is pushed."""
+        base, name = self.model_args.backbone, str(self.training.hub_model_id)
+        if self.model_args.tuning == "full":
+            raise ConfigError(
+                "push_to_hub: full tuning leaves no adapter: leave it out here, and give it to recipes/merge.py"
+            )
+        if not is_hub_name(base):
+            raise ConfigError(
+                f"push_to_hub: backbone {base!r} is a folder that nobody else has: give its Hub name as --backbone, or "
+                f"leave --push-to-hub out and use `genrec push {self.path / ADAPTER} {name} --base-model org/name` then"
+            )
+        if self.training.process_index == 0:
+            check_remote(
+                name,
+                revision=self.training.hub_revision,
+                private=bool(self.training.hub_private_repo),
+                base_model=base,
+                token=self.training.hub_token,
+            )
 
     def _refuse_another(self) -> None:
         if not (self.path / RUN_FILE).is_file():
@@ -295,7 +367,10 @@ class RunDirectory:
         launch = describe_launch(trainer)
         trainable = sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad)
         self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
+        if isinstance(built.model, PeftModel):
+            self.facts["lora_targets"] = sorted(built.model.peft_config["default"].target_modules)
         resumed = last_complete_checkpoint(self.path)
+        before = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
         if trainer.is_world_process_zero():
             print(f"{self.stage}: " + ", ".join(f"{name} {value}" for name, value in launch.items()), flush=True)
             print(
@@ -307,7 +382,8 @@ class RunDirectory:
             write_json(self.path / RUN_FILE, self.facts)
             self.data.vocab.save_items(self.path / "items.parquet")
             self.data.vocab.save_users(self.path / "users.parquet")
-        start = time.time()
+        clock = TrainingClock()
+        trainer.add_callback(clock)
         if resumed and self.training.early_stopping_patience:
             state = read_json(Path(resumed) / TRAINER_STATE_NAME)
             if validations_without_better(state["log_history"], self.training) >= self.training.early_stopping_patience:
@@ -323,10 +399,20 @@ class RunDirectory:
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             out = self.path / (ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
+            finished = {
+                "seconds": round(clock.seconds, 1),
+                "steps": trainer.state.global_step,
+                "epochs": round(trainer.state.epoch or 0.0, 2),
+                "best": best,
+            }
+            if resumed == str(self.path / f"checkpoint-{finished['steps']}") and "finished" in before:
+                self.facts, finished = before, before["finished"]  # no step was left: what it was made by stays
+            self.facts |= {"finished": finished}
             info = {
                 "stage": self.stage,
                 "base_model": asdict(built.base),
                 "data": self.facts["data"],
+                "training": [*self._earlier_stages(), stage_facts(self.facts)],
                 "metrics": {"validation_ndcg@10": best},
                 "seed": self.training.seed,
                 "id_seed": self.data.vocab.seed,
@@ -344,17 +430,27 @@ class RunDirectory:
             )
             shutil.rmtree(self.path / "final")
             write_json(self.path / LOG_FILE, trainer.state.log_history)
-            finished = {
-                "seconds": round(time.time() - start, 1),
-                "steps": trainer.state.global_step,
-                "best": best,
-            }
-            write_json(self.path / RUN_FILE, {**self.facts, "finished": finished})
+            write_json(self.path / RUN_FILE, self.facts)
             shown = "not measured" if best is None else f"{best:.4f}"
             print(
                 f"{self.stage}: best validation NDCG@10 {shown}; {finished['steps']} steps; written to {out}",
                 flush=True,
             )
+            if self.training.push_to_hub:
+                push_finished(
+                    out,
+                    str(self.training.hub_model_id),
+                    revision=self.training.hub_revision,
+                    private=bool(self.training.hub_private_repo),
+                    token=self.training.hub_token,
+                )
+
+    def _earlier_stages(self) -> list[dict[str, Any]]:
+        """Facts of the stages that this one went on from, earliest first."""
+        if not self.training.from_run:
+            return []
+        info = read_info(trained_directory(Path(self.training.from_run)), ADAPTER, TRAINED)
+        return list(info.get("training", []))
 
 
 def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None:

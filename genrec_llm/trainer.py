@@ -26,7 +26,7 @@ from genrec_llm.errors import ConfigError, DataError, ExportError
 from genrec_llm.evaluation import EvalData
 from genrec_llm.files import changed_files, describe_files, read_json, write_json, writing
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
-from genrec_llm.model import id_tokens_of
+from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.tasks import PromptLayout, Task
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ class GenRecTrainer(Seq2SeqTrainer):
         self.masters: dict[str, Tensor] = {}
         callbacks = [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else None
         super().__init__(model=model, args=args, eval_dataset=validation, callbacks=callbacks)
+        unwrapped(model).label_smoothing = args.label_smoothing_factor
+        self.label_smoother = None  # the Trainer's asks for logits of token ids; the loss is computed in `forward`
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """This process's share of the global batches. accelerate must not shard it again, so it is not prepared."""
@@ -173,6 +175,15 @@ class GenRecTrainer(Seq2SeqTrainer):
         self.masters = fp32_masters(self.model) if self.is_deepspeed_enabled and self.args.bf16 else {}
         super().save_model(output_dir, _internal_call)
         self.masters = {}
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: the Trainer would push checkpoints, user rows and all. `RunDirectory.train` pushes the adapter."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing; see `init_hf_repo`."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing; see `init_hf_repo`."""
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The best checkpoint is looked for in this run alone, whatever path it had when the state was saved."""

@@ -117,7 +117,7 @@ class IdVocab:
         Raises:
             DataError: some are not in the vocabulary.
         """
-        indices = np.fromiter((self._item_index.get(item, -1) for item in raw), dtype=np.int64, count=len(raw))
+        indices = self.find_items(raw)
         if (indices < 0).any():
             unknown = list(dict.fromkeys(raw[int(place)] for place in np.flatnonzero(indices < 0)))
             shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
@@ -126,6 +126,10 @@ class IdVocab:
                 "leave them out, or add them to the catalogue"
             )
         return indices
+
+    def find_items(self, raw: Sequence[str]) -> np.ndarray:
+        """Indices (int64 [len(raw)]) of raw item ids, -1 for those that are not in the vocabulary."""
+        return np.fromiter((self._item_index.get(item, -1) for item in raw), dtype=np.int64, count=len(raw))
 
     def item_id(self, index: int) -> str:
         """Raw id of an item index.
@@ -197,8 +201,7 @@ class IdVocab:
             raise DataError(f"{path}: not written by genrec: seed and user mode are not in its metadata") from error
         users: tuple[str, ...] = ()
         if mode == "each":
-            table, _ = _read_parquet(Path(directory) / USERS_FILE, {"row", "user"})
-            users = tuple(table.sort_values("row")["user"].tolist())
+            users = read_users(Path(directory) / USERS_FILE)
         return cls(none_for_missing(items), users, mode, buckets, seed)
 
     @cached_property
@@ -212,6 +215,16 @@ class IdVocab:
     @cached_property
     def _user_row(self) -> dict[str, int]:
         return {user: row for row, user in enumerate(self.users, start=1)}
+
+
+def read_users(path: Path) -> tuple[str, ...]:
+    """Raw user ids in the order of their rows, from what `save_users` wrote.
+
+    Raises:
+        DataError: the file is absent or is something else.
+    """
+    table, _ = _read_parquet(path, {"row", "user"})
+    return tuple(table.sort_values("row")["user"].tolist())
 
 
 def _permuted(raw: Iterable[str], seed: int | list[int]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from genrec_llm.args import EvaluateArguments, parse_args
 from genrec_llm.baselines import ItemKNN, Popularity, RecentRepeat
+from genrec_llm.card import describe_measured, refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.evaluation import (
     GeneratedLists,
@@ -20,6 +21,7 @@ from genrec_llm.evaluation import (
     write_summary,
 )
 from genrec_llm.loading import MERGED
+from genrec_llm.plots import draw_run
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import check_merged, load_run_data, provenance
 
@@ -67,8 +69,10 @@ def main() -> None:
     generated = GeneratedLists.compare(lists, ranked.top[asked], scores, held_out.targets[asked])
 
     # Report
-    print(write_summary(out, ours, baselines, generated, facts))
-    print(f"written to {out}: report.json, report.md, metrics.png, ranks of each user")
+    print(write_summary(out, ours, baselines, generated, facts | {"model": describe_measured(run)}))
+    draw_run(run)
+    refresh_cards(run)
+    print(f"written to {out}: report.json, report.md, ranks of each user; to {run / 'plots'}: pictures; cards renewed")
 
 
 if __name__ == "__main__":

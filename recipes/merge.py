@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from genrec_llm.args import MergeArguments, parse_args
+from genrec_llm.card import refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.export import merge
+from genrec_llm.hub import check_push, push_finished
 from genrec_llm.loading import MERGED, load_trained, trained_directory
 
 
@@ -21,14 +23,21 @@ def main() -> None:
     source = trained_directory(Path(args.run))
     out = Path(args.output_dir or Path(args.run) / MERGED)
 
+    sharing = {"revision": args.hub_revision, "private": args.hub_private_repo, "base_model": args.base_model}
+    if args.push_to_hub:
+        check_push(source, args.hub_model_id, **sharing)
+
     trained = load_trained(source, backbone=args.backbone, dtype=getattr(torch, args.dtype))
     parity = merge(trained, out, without_users=args.without_users)
+    refresh_cards(Path(args.run))
 
     print(f"merged {source} into {out}")
     print(
         f"parity: largest score difference {parity['max_score_difference']:.2g}, "
         f"top-{parity['n']:.0f} agreement {parity['top_n_agreement']:.1%} on {parity['samples']:.0f} sample histories"
     )
+    if args.push_to_hub:
+        push_finished(out, args.hub_model_id, **sharing)
 
 
 if __name__ == "__main__":

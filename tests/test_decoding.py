@@ -158,7 +158,10 @@ def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         scores = lora(**batch_of(layout)).logits
     info = {
         "base_model": {"name": base, "revision": None, "type": lora.config.model_type},
-        "data": {"name": "tiny"},
+        "data": {"name": "tiny", "fingerprint": "", "vocabulary": vocab.fingerprint},
+        "user_mode": vocab.user_mode,
+        "user_buckets": vocab.user_buckets,
+        "id_seed": vocab.seed,
     }
     parity = merge(Loaded(lora, tokenizer, vocab, layout, info), folder / "merged", samples=8, n=5)
     return Merged(load_merged(folder / "merged"), folder / "merged", parity, scores)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,26 +49,6 @@ VARIANTS = {
 """Name of a run → its backbone and what it is trained with beyond the defaults."""
 ROUNDING = 1e-5
 """fp32 sums of a few hundred terms in another order, on scores of about 1."""
-
-SNIPPETS_WITHOUT_GENREC = """
-import contextlib, io, json, os, re, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "genrec_llm":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
-answers = {}
-for folder in sys.argv[1:]:
-    os.chdir(folder)
-    (code,) = re.findall("```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    answers[folder] = json.loads(printed.getvalue())
-print(json.dumps(answers))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -370,30 +346,6 @@ def test_bf16_weights_pass_the_tolerance_of_bf16(runs: dict[str, Path], tmp_path
         assert load_merged(tmp_path / kind).model.dtype == torch.bfloat16
         parity = json.loads((tmp_path / kind / "genrec.json").read_text())["parity"]
         assert 0 < parity["max_score_difference"] < 0.05 * 5, "bf16 has 8 bits: 1/256 a rounding"
-
-
-def test_the_card_of_a_tiny_catalogue_asks_for_no_more_items_than_there_are(runs: dict[str, Path]) -> None:
-    layout = dataclasses.replace(layout_of(next(iter(runs.values())) / "merged"), num_items=2)
-    info = {"base_model": {"name": "base"}, "data": {"name": "log"}}
-    card = export._card("merged", info, layout)
-    assert "history = [0, 1]  #" in card and "num_beams=2, num_return_sequences=2)" in card
-
-
-def test_the_card_of_the_merged_model_works_without_genrec_llm(runs: dict[str, Path]) -> None:
-    """The code block of README.md, run where genrec_llm cannot be imported, prints the list of `Recommender`."""
-    folders = [*(run / "merged" for run in runs.values()), runs["t5-untied"] / "public"]
-    done = subprocess.run(
-        [sys.executable, "-c", SNIPPETS_WITHOUT_GENREC, *map(str, folders)],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
-    assert len({tuple(answer) for answer in answers.values()}) > len(folders) / 2, "they are different models"
-    for folder in folders:
-        recommender = Recommender.from_pretrained(folder)
-        history = [recommender.vocab.item_id(index) for index in (0, 1, 2)]
-        expected = recommender.recommend(history, k=10, exclude_seen=False)
-        assert answers[str(folder)] == recommender.vocab.encode_items([found.item for found in expected]).tolist()
 
 
 # --- the parity check ----------------------------------------------------

@@ -151,17 +151,21 @@ def used_users(built: GenRecTrainer) -> np.ndarray:
 # --- steps -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masks", [0, 3])
-def test_the_first_loss_is_the_mean_over_the_targets_of_the_first_global_batch(trainer, masks: int) -> None:
+@pytest.mark.parametrize(("masks", "smoothing"), [(0, 0.0), (3, 0.0), (0, 0.3)])
+def test_the_first_loss_is_the_mean_over_the_targets_of_the_first_global_batch(
+    trainer, masks: int, smoothing: float
+) -> None:
     built = trainer(masks=masks, max_steps=1, global_batch_size=16)
     batches = GlobalBatches(built.task.lengths, 16, seed=0, shares=1)
     batch = as_tensors(built.task.batch(0, batches.epoch(0)[0]))
     labels = batch.pop("labels")
     with torch.no_grad():
-        scores = built.model.eval()(**batch).logits
-    expected = float(F.cross_entropy(scores, labels))
+        surprise = -built.model.eval()(**batch).logits.log_softmax(dim=1)  # of every item
+    expected = float((1 - smoothing) * surprise[range(len(labels)), labels].mean() + smoothing * surprise.mean())
     assert len(labels) > 16 or not masks
-    built = trainer(masks=masks, max_steps=1, global_batch_size=16, model={"dropout": 0.0})
+    built = trainer(
+        masks=masks, max_steps=1, global_batch_size=16, model={"dropout": 0.0}, label_smoothing_factor=smoothing
+    )
     built.train()
     assert losses(built) == [pytest.approx(expected, rel=1e-4)]  # the log rounds to four digits
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
-from genrec_llm.runs import LOG_FILE, RUN_FILE
+from genrec_llm.plots import PLOTS, draw_run
+from genrec_llm.runs import RUN_FILE
 
 KEPT = ("stage", "command", "commit", "versions", "hardware", "time", "launch", "data", "trainable_parameters",
         "row_init", "finished")  # fmt: skip
@@ -30,40 +31,6 @@ def stages_of(run: Path) -> list[tuple[Path, dict[str, Any]]]:
         raise ConfigError(f"{run}: its training has not finished: give the same command again")
     before = facts["arguments"]["training"]["from_run"]
     return [*(stages_of(Path(before)) if before else []), (run, facts)]
-
-
-def plot_curve(stages: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
-    """Training loss and validation NDCG@10 over the steps of all stages, one after the other."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left = figure.add_subplot()
-    right = left.twinx()
-    begin = 0
-    for place, (folder, facts) in enumerate(stages):
-        history = read_json(folder / LOG_FILE)
-        losses = [(begin + entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        ranked = [(begin + entry["step"], entry["eval_ndcg@10"]) for entry in history if "eval_ndcg@10" in entry]
-        first = place == 0
-        left.plot(*zip(*losses, strict=True), color="C7", linewidth=1, label="training loss" if first else None)
-        right.plot(*zip(*ranked, strict=True), color="C0", marker="o", markersize=4,
-                   label="validation NDCG@10" if first else None)  # fmt: skip
-        if place:
-            left.axvline(begin, color="#999999", linestyle=":", linewidth=1)
-        left.annotate(facts["stage"], (begin, 1.0), (4, -4), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", va="top", fontsize=8, color="#555555")  # fmt: skip
-        begin += facts["finished"]["steps"]
-    left.set_xlabel("step")
-    left.set_ylabel("training loss")
-    right.set_ylabel("validation NDCG@10")
-    right.set_ylim(bottom=0)
-    left.spines["top"].set_visible(False)
-    right.spines["top"].set_visible(False)
-    figure.legend(frameon=False, ncols=2, loc="outside upper center")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
 
 
 def page(name: str, stages: list[tuple[Path, dict[str, Any]]], reports: dict[str, dict[str, Any]]) -> str:
@@ -130,9 +97,10 @@ def main() -> None:
     if not reports:
         raise ConfigError(f"{args.run}: not evaluated yet: recipes/evaluate.py --run {args.run}")
     write_json(args.out / "report.json", {"stages": [{k: f[k] for k in KEPT} for _, f in stages], "splits": reports})
+    draw_run(args.run)
     for split in reports:
-        shutil.copy(args.run / "evaluation" / split / "metrics.png", args.out / f"{split}.png")
-    plot_curve(stages, args.out / "curve.png")
+        shutil.copy(args.run / PLOTS / f"metrics_{split}.png", args.out / f"{split}.png")
+    shutil.copy(args.run / PLOTS / "curves.png", args.out / "curve.png")
     with atomic_file(args.out / "README.md") as temporary:
         temporary.write_text(page(args.out.name, stages, reports), encoding="utf-8")
     print(f"written to {args.out}")
