@@ -61,7 +61,8 @@ file = load_file(hf_hub_download("org/adapter", "adapter_model.safetensors"))
 loaded = {name.replace(".default", ""): value for name, value in lora.state_dict().items() if "lora_" in name}
 answers = {
     "absent": absent,
-    "the LoRA tensors are those of the file": file.keys() == loaded.keys() and all(torch.equal(file[n], loaded[n]) for n in file),
+    "the LoRA tensors are those of the file":
+        file.keys() == loaded.keys() and all(torch.equal(file[name], loaded[name]) for name in file),
     "the adapter changes the base": not torch.equal(plain, changed),
     "without it the base is as it was": torch.equal(plain, again),
     "lora": {name: value.double().sum().item() for name, value in file.items()},
@@ -70,12 +71,13 @@ answers = {
 histories = json.loads(Path(sys.argv[1]).read_text())
 for name in ("org/adapter", "org/merged"):
     card = Path(hf_hub_download(name, "README.md")).read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall("```python\\n(.*?)```", card, re.DOTALL) if "genrec_llm" not in b and "pandas" not in b]
+    blocks = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+    (block,) = [block for block in blocks if "genrec_llm" not in block and "pandas" not in block]
     exec(block, {})  # as it stands
     block, longer = re.subn(r"num_beams=10, num_return_sequences=10\\)|topk\\(10\\)",
                             lambda found: found[0].replace("10", "20"), block)
     steps = ast.parse(block).body
-    (place,) = [n for n, step in enumerate(steps) if ast.unparse(step).startswith("history = [") and "for" not in ast.unparse(step)]
+    (place,) = [place for place, step in enumerate(steps) if re.fullmatch(r"history = \\[[\\d, ]+\\]", ast.unparse(step))]
     assert longer == 1
     space, lists = {}, []
     exec(compile(ast.Module(steps[:place], []), "card", "exec"), space)
@@ -187,7 +189,7 @@ def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def elsewhere(shared: Shared, fresh_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a stranger without genrec_llm and without a token gets: facts of the LoRA part, and lists by the cards' blocks."""
+    """What a stranger without genrec_llm or a token gets: facts of the LoRA part, and lists by the cards' blocks."""
     folder = tmp_path_factory.mktemp("elsewhere")
     numbers = item_numbers(shared, "merged")
     assert numbers == item_numbers(shared, "adapter")
