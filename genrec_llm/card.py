@@ -204,8 +204,13 @@ def refresh_cards(run: Path) -> None:
                 for picture in pictures:
                     shutil.copyfile(picture, copies / picture.name)
         info = read_info(folder, ADAPTER, TRAINED, MERGED)
-        evaluation = evaluation_facts(run, info.get("rows_sha256") or sha256_file(folder / ROWS_FILE))
         known = {name: value for name, value in info.items() if name != "evaluation"}
+        # What was measured elsewhere came with the model, as with one from the Hub.
+        evaluation = {
+            name: measured
+            for name, measured in info.get("evaluation", {}).items()
+            if not (run / "evaluation" / name / "report.json").is_file()
+        } | evaluation_facts(run, info.get("rows_sha256") or sha256_file(folder / ROWS_FILE))
         write_card(folder, known | ({"evaluation": evaluation} if evaluation else {}))
 
 
@@ -262,6 +267,11 @@ def base_licence(name: str) -> str | None:
     return next((licence for pattern, licence in _BASE_LICENCES.items() if re.fullmatch(pattern, name)), None)
 
 
+def from_nothing(info: Mapping[str, Any]) -> bool:
+    """Whether a model's backbone began with random weights, so that there is no base model; `info` is its genrec.json."""
+    return any(stage["settings"].get("backbone_init") == "random" for stage in info.get("training", []))
+
+
 @dataclass(frozen=True)
 class _Facts:
     """What a card is made from; see `model_card`."""
@@ -293,8 +303,7 @@ class _Facts:
 
     @property
     def from_nothing(self) -> bool:
-        """Whether the backbone began with random weights, so that there is no base model."""
-        return any(stage["settings"].get("backbone_init") == "random" for stage in self.stages)
+        return from_nothing(self.info)
 
     @property
     def source(self) -> _Source | None:
@@ -461,7 +470,8 @@ def _token_lines(facts: _Facts, history: Sequence[int]) -> list[str]:
     return [
         f"first, mask, end = {layout.base}, {layout.mask_ids[0]}, {layout.eos_id}  # tokens: item 0, mask, end of input",
         f"user = [{layout.first_user_id}]  # any user: <user_unknown>" if layout.user_token else "user = []",
-        f"history = {list(history)}  # column `index` of items.parquet, oldest first",
+        f"history = {list(history)}  # column `index` of items.parquet, oldest first"
+        + (", at least one" if layout.decoder_prompt == "last-item" else ""),
         f"history = [first + item for item in history[-{layout.max_history}:]]",
         "ids = torch.tensor([[*user, *history, mask, end]])",
         f"prompt = torch.tensor([[{'mask, history[-1]' if layout.decoder_prompt == 'last-item' else 'mask'}]])",
@@ -498,9 +508,22 @@ def _use_without_genrec(facts: _Facts, history: Sequence[int]) -> list[str]:
         "print(best)  # column `index` of items.parquet, best first",
         "```",
         "",
-        "For a checkpoint that needs none of this, merge it: `python recipes/merge.py` of genrec_llm.",
+        *_merge_block(facts),
         "",
         *_titles_block(facts),
+    ]
+
+
+def _merge_block(facts: _Facts) -> list[str]:
+    run = facts.repo_id.partition("/")[2] if facts.repo_id else ".."
+    pull = [f"genrec pull {facts.repo_id} --output-dir {run}/{ADAPTER}"] if facts.repo_id else []
+    return [
+        f"For a checkpoint that needs none of this, merge it with genrec_llm; it then lies in `{run}/{MERGED}`:",
+        "",
+        "```bash",
+        *pull,
+        f"genrec merge --run {run}",
+        "```",
     ]
 
 
@@ -687,8 +710,8 @@ def _training(facts: _Facts) -> list[str]:
             [(name, *(row.get(name, "–") for row in rows)) for name in names],
         ),
         "",
-        f"In all {_duration(sum(hours))} of training on the hardware above, sessions of a stopped and resumed run added up; "
-        "energy was not measured. The loss is the cross-entropy of the hidden item over all items of the catalogue.",
+        f"{_duration(sum(hours))} of training in all, on the hardware above; sessions of a stopped and resumed run are "
+        "added up; energy was not measured. The loss is the cross-entropy of the hidden item over all items of the catalogue.",
         "",
     ]
     versions = stages[-1].get("versions") or facts.info.get("versions") or {}

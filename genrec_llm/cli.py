@@ -240,11 +240,14 @@ def pull(args: argparse.Namespace) -> None:
 
 def plot(args: argparse.Namespace) -> None:
     """Draw a run's learning curves, metrics, ranks and item rows into its plots/ folder."""
+    from genrec_llm.card import refresh_cards
     from genrec_llm.plots import draw_run
 
     written = draw_run(Path(args.run))
     if not written:
         raise ConfigError(f"{args.run}: has no files to draw from yet: finish its training first")
+    if any((Path(args.run) / kind).is_dir() for kind in ("adapter", "trained")):
+        refresh_cards(Path(args.run))
     for path in written:
         print(path)
 

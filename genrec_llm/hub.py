@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 
-from genrec_llm.card import CARD_FILE, PLOTS, is_hub_name, model_card
+from genrec_llm.card import CARD_FILE, PLOTS, from_nothing, is_hub_name, model_card
 from genrec_llm.errors import ConfigError, ExportError, counted
 from genrec_llm.export import write_without_users
 from genrec_llm.files import atomic_directory, describe_files, read_json, write_json, writing
@@ -188,15 +188,15 @@ def push(
     _refuse_strangers(folder, info)
     base = _shared_base(folder, info, base_model)
     if not dry_run:
-        needed = base if info["kind"] == ADAPTER else None
-        check_remote(repo_id, revision=revision, private=private, base_model=needed, token=token)
+        named = None if from_nothing(info) else base
+        check_remote(repo_id, revision=revision, private=private, base_model=named, token=token)
     # Beside the folder, since rewritten weights need as much space as it has.
     beside = folder.parent if os.access(folder.parent, os.W_OK) else None
     with writing(folder.parent), tempfile.TemporaryDirectory(dir=beside, prefix=".push-") as temporary:
         staged = Path(temporary)
         _stage(folder, staged, info, repo_id, base=base, with_users=with_users)
         _refuse_what_stays_home(folder, staged, token)
-        files = {name: entry["bytes"] for name, entry in describe_files(staged).items()}
+        files = {name: path.stat().st_size for name, path in _files_of(staged)}
         commit = (
             None if dry_run else _send(api, staged, repo_id, revision, private, message=f"genrec_llm: {info['kind']}")
         )
@@ -241,8 +241,9 @@ def check_push(trained: Path, repo_id: str, *, revision: str | None, private: bo
     Raises:
         ConfigError: as `push` and `check_remote`.
     """
-    _shared_base(trained, read_info(trained, ADAPTER, TRAINED), base_model)
-    check_remote(repo_id, revision=revision, private=private)
+    info = read_info(trained, ADAPTER, TRAINED)
+    base = _shared_base(trained, info, base_model)
+    check_remote(repo_id, revision=revision, private=private, base_model=None if from_nothing(info) else base)
 
 
 def check_remote(
@@ -256,7 +257,7 @@ def check_remote(
     """Refuse a push that the Hub would refuse at its end; only reads.
 
     Args:
-        base_model: what an adapter is trained on, where there is one.
+        base_model: what the model was trained from, where there is one.
         token: of the Hub, in place of the one that `hf auth login` or HF_TOKEN gave.
 
     Raises:
@@ -291,19 +292,19 @@ def _check_base(api: HfApi, base: str) -> None:
             api.model_info(base)
     except ConfigError as error:
         raise ConfigError(
-            f"base model: {error}. Others need it beside the adapter: name it with --base-model"
+            f"base model: {error}. The card names it to others: give its name on the Hub with --base-model"
         ) from error
 
 
 def _shared_base(folder: Path, info: dict[str, Any], base_model: str | None) -> str:
     """What the shared copy calls its base."""
     name = str(info["base_model"]["name"])
-    from_nothing = any(stage.get("settings", {}).get("backbone_init") == "random" for stage in info.get("training", []))
-    if base_model is not None and from_nothing:
+    none = from_nothing(info)
+    if base_model is not None and none:
         raise ConfigError(f"base_model: {folder} was trained from random weights and has no base: leave it out")
     if base_model is not None and not is_hub_name(base_model):
         raise ConfigError(f"base_model: {base_model!r} is no name of a model on the Hub: give org/name")
-    if base_model is None and not from_nothing and not is_hub_name(name):
+    if base_model is None and not none and not is_hub_name(name):
         raise ConfigError(
             f"{folder}: its base model is {name!r}, a folder that nobody else has: name the same checkpoint on the Hub with "
             "--base-model org/name"
@@ -382,6 +383,11 @@ def _refuse_strangers(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
+def _files_of(folder: Path) -> list[tuple[str, Path]]:
+    """Every file below a folder, behind its path there."""
+    return [(str(path.relative_to(folder)), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -389,7 +395,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _send(api: HfApi, staged: Path, repo_id: str, revision: str | None, private: bool, *, message: str) -> str:
     """Send a staged folder; the commit."""
     # Not upload_folder: where hf_xet is installed (huggingface_hub 2.4) it makes several commits.
-    additions = [(str(path.relative_to(staged)), path) for path in sorted(staged.rglob("*")) if path.is_file()]
+    additions = _files_of(staged)
 
     def attempt() -> str:
         there = _remote(api, repo_id, revision, private)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from genrec_llm.errors import ConfigError, DataError, listed
-from genrec_llm.files import changed_files, read_json, sha256_file
+from genrec_llm.files import changed_files, read_json
 from genrec_llm.model import (
     FAMILIES,
     GenRecBackbone,
@@ -200,6 +200,8 @@ def _wrong_list(folder: Path, info: Mapping[str, Any]) -> list[str]:
         if not isinstance(entry, dict) or (type(entry.get("bytes")), type(entry.get("sha256"))) != (int, str)
     ]
     problems += [f"{place}: does not list {name}" for name in NEEDED.get(info["kind"], ()) if name not in listed]
+    if info["kind"] != ADAPTER and ADAPTER_CONFIG in listed:  # transformers would load the base that it names instead
+        problems.append(f"{place}: lists {ADAPTER_CONFIG}, which only an adapter has")
     return problems
 
 
@@ -227,14 +229,14 @@ def _check_together(
     folder: Path, info: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab: IdVocab, layout: PromptLayout
 ) -> None:
     """Refuse files that are whole, but of another catalogue than genrec.json."""
-    problems = []
+    problems, known = [], tokenizer.get_vocab()
     if vocab.num_items != layout.num_items:
         problems.append(f"{ITEMS_FILE} has {vocab.num_items} items, {INFO_FILE} says {layout.num_items}")
     if len(tokenizer) != layout.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, {INFO_FILE} says {layout.vocab_size}")
     words = ["<item_0>", f"<item_{layout.num_items - 1}>", UNKNOWN_USER_TOKEN]
     ids = [layout.base, layout.first_user_id - 1, layout.first_user_id]
-    if [tokenizer.get_vocab().get(word) for word in words] != ids:
+    if [known.get(word) for word in words] != ids:
         problems.append(f"its tokenizer has other ids for {', '.join(words)} than {ids}, which {INFO_FILE} says")
     special = (mask_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     if special != (layout.mask_ids, layout.eos_id, layout.pad_id):
@@ -366,7 +368,7 @@ def load_trained(
     """Load an adapter directory on its freshly loaded base, or full tuning's trained directory.
 
     Args:
-        backbone: where the base is now, when it is not where the adapter says.
+        backbone: where the base is now, when it is not where the adapter says, whose revision is then not asked for.
         quantization: of the base's linear layers. Its fingerprint is taken before: for that time the base is in memory
             as a whole, in bf16.
 
@@ -375,7 +377,7 @@ def load_trained(
     """
     info, tokenizer, vocab, layout = open_directory(folder, ADAPTER, TRAINED)
     tensors, metadata = load_file(folder / ROWS_FILE), _shapes(folder / ROWS_FILE)[1]
-    base_name, revision = backbone or info["base_model"]["name"], info["base_model"]["revision"]
+    base_name, revision = (backbone, None) if backbone else (info["base_model"]["name"], info["base_model"]["revision"])
     if quantization and info["kind"] == TRAINED:
         raise ConfigError(f"{folder}: quantization: full tuning's state is not quantised: merge it, and load {MERGED}/")
     quantizing = quantized(quantization, dtype=dtype, device=device)
@@ -419,7 +421,7 @@ def load_trained(
     if problems := differences(whole, folder):
         raise ConfigError(problems)
     restore(whole, folder)
-    return Loaded(whole.eval(), tokenizer, vocab, layout, info | {"rows_sha256": sha256_file(folder / ROWS_FILE)})
+    return Loaded(whole.eval(), tokenizer, vocab, layout, info | {"rows_sha256": info["files"][ROWS_FILE]["sha256"]})
 
 
 def _config(folder: Path, info: Mapping[str, Any]) -> PreTrainedConfig:

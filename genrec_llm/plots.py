@@ -6,6 +6,7 @@ those of Okabe and Ito (2008), which people with any kind of colour vision tell 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,11 @@ class Stage:
     def steps(self) -> int:
         """The last step that was logged."""
         return int(max([0, *self.losses[:, 0], *self.validations[:, 0]]))
+
+
+def can_draw() -> bool:
+    """Whether matplotlib, the optional extra `plots`, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_run(run: Path) -> list[Path]:

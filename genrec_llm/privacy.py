@@ -36,8 +36,8 @@ _BASE_WORDS = ("model.vocab", "model.merges")
 _MIXED_BYTES = (".safetensors", ".parquet", ".png", ".model")
 
 
-def secrets(*more: str | None) -> dict[str, str]:
-    """What this process knows that nobody else may: by name, the Hub token, `more`, and secrets of the environment.
+def secrets(given: str | None = None) -> dict[str, str]:
+    """What this process knows that nobody else may: by name, the Hub token, the `given` one, and secrets of the environment.
 
     Those are the values of 8 characters and more of variables whose names contain TOKEN, SECRET, PASSWORD, API_KEY or
     ACCESS_KEY.
@@ -47,9 +47,9 @@ def secrets(*more: str | None) -> dict[str, str]:
         for name, value in os.environ.items()
         if _SECRET_NAME.search(name.upper()) and len(value) >= _SECRET_LENGTH
     }
-    for token in (get_token(), *more):
+    for name, token in (("the Hub token", get_token()), ("the given token", given)):
         if token and token not in found.values():
-            found["the Hub token"] = token
+            found[name] = token
     return found
 
 
@@ -92,24 +92,24 @@ def problems_inside(folder: Path, *, user_ids: Collection[str], known: Collectio
     home = str(Path.home()) if len(Path.home().parts) > 1 else None
     problems = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        found: dict[str, None] = {}
+        found: dict[str, str] = {}  # what → the first place of it
         users: dict[bytes, str] = {}
         raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         try:
             decoded = _Decoded(path)
         except (ValueError, SafetensorError, OSError) as error:  # pyarrow's errors are one or the other
-            found[f"something that is not a {path.suffix} file ({type(error).__name__})"] = None
+            found[f"something that is not a {path.suffix} file"] = type(error).__name__
             decoded = _Decoded(None)
         least = _SURE if path.suffix in _MIXED_BYTES else _SHORTEST
         for content, least_here, where in ((decoded.content, _SHORTEST, decoded.place), (raw, least, "byte {}".format)):
-            found |= {f"{what} ({where(offset)})": None for what, offset in _secrets_in(content, values)}
+            found = {what: where(offset) for what, offset in _secrets_in(content, values)} | found
             users |= {user: where(offset) for user, offset in ids.in_bytes(content, least_here) if user not in users}
         users |= {user: place for user, place in ids.whole(decoded) if user not in users}
         if path.suffix in (".json", ".md", ".txt"):
-            found |= {f"{what} ({decoded.place(offset)})": None for what, offset in _personal_in(decoded.content, home)}
+            found |= {what: decoded.place(offset) for what, offset in _personal_in(decoded.content, home)}
         if users:
-            found[f"raw ids of {counted(len(users), 'user')} ({next(iter(users.values()))})"] = None
-        problems += [f"{path.relative_to(folder)}: holds {what}" for what in found]
+            found[f"raw ids of {counted(len(users), 'user')}"] = next(iter(users.values()))
+        problems += [f"{path.relative_to(folder)}: holds {what} ({place})" for what, place in found.items()]
     return problems
 
 
@@ -166,7 +166,8 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
             for name in table.schema_arrow.names:
                 yield "column names", name
                 cells = table.read([name]).column(0).to_pylist()
-                yield from ((f"column {name}, row {row}", str(cell)) for row, cell in enumerate(cells))
+                # Not a cell that holds its own row: the index of items would be taken for users called by numbers.
+                yield from ((f"column {name}, row {row}", str(cell)) for row, cell in enumerate(cells) if cell != row)
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="np") as file:
             yield from (("tensor names", name) for name in file.keys())  # noqa: SIM118

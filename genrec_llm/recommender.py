@@ -206,7 +206,8 @@ class Recommender:
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The `k` best next items after a history, best first; for a list of histories, a list for each.
 
-        Histories are asked about in batches, sorted by length. In float32 a list does not depend on what else is asked.
+        Histories are asked about in batches, sorted by length. In float32 a list does not depend on what else is asked, but
+        for the last digits of its scores.
 
         Args:
             history: raw item ids, oldest first; the most recent `layout.max_history` are read. An empty one is allowed:

@@ -207,9 +207,10 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that runs, with "+changes" where it has any; None outside git."""
-    folder = Path(__file__).parent
+    """Commit of the checkout that runs, with "+changes" where it has any; None outside git, or installed in another's."""
+    folder, here = Path(__file__).parent, Path(__file__).name
     try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", here], cwd=folder, capture_output=True, check=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
@@ -382,7 +383,7 @@ class RunDirectory:
             write_json(self.path / RUN_FILE, self.facts)
             self.data.vocab.save_items(self.path / "items.parquet")
             self.data.vocab.save_users(self.path / "users.parquet")
-        clock = TrainingClock()
+        clock, stages = TrainingClock(), self._earlier_stages()
         trainer.add_callback(clock)
         if resumed and self.training.early_stopping_patience:
             state = read_json(Path(resumed) / TRAINER_STATE_NAME)
@@ -406,13 +407,14 @@ class RunDirectory:
                 "best": best,
             }
             if resumed == str(self.path / f"checkpoint-{finished['steps']}") and "finished" in before:
-                self.facts, finished = before, before["finished"]  # no step was left: what it was made by stays
+                # No step was left: what it was made by stays, as far as it was written down then.
+                self.facts, finished = before | {"data": self.facts["data"]}, finished | before["finished"]
             self.facts |= {"finished": finished}
             info = {
                 "stage": self.stage,
                 "base_model": asdict(built.base),
                 "data": self.facts["data"],
-                "training": [*self._earlier_stages(), stage_facts(self.facts)],
+                "training": [*stages, stage_facts(self.facts)],
                 "metrics": {"validation_ndcg@10": best},
                 "seed": self.training.seed,
                 "id_seed": self.data.vocab.seed,

@@ -21,7 +21,7 @@ from genrec_llm.evaluation import (
     write_summary,
 )
 from genrec_llm.loading import MERGED
-from genrec_llm.plots import draw_run
+from genrec_llm.plots import can_draw, draw_run
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import check_merged, load_run_data, provenance
 
@@ -70,7 +70,10 @@ def main() -> None:
 
     # Report
     print(write_summary(out, ours, baselines, generated, facts | {"model": describe_measured(run)}))
-    draw_run(run)
+    if can_draw():
+        draw_run(run)
+    else:
+        print("no pictures: pip install 'genrec-llm[plots]', then genrec plot", run)
     refresh_cards(run)
     print(f"written to {out}: report.json, report.md, ranks of each user; to {run / 'plots'}: pictures; cards renewed")
 

@@ -18,11 +18,12 @@ import tiny
 from huggingface_hub import ModelCard
 from tiny import ITEMS, USERS, contents, recipe, train
 
+from genrec_llm import runs as runs_module
 from genrec_llm.card import base_licence, is_hub_name, model_card, refresh_cards
 from genrec_llm.errors import ConfigError
 from genrec_llm.loading import load_merged, load_trained, open_directory
 from genrec_llm.recommender import Recommender
-from genrec_llm.trainer import write_manifest
+from genrec_llm.trainer import GenRecTrainer, write_manifest
 
 VARIANTS = {
     "t5-tied": ("t5-tied",),
@@ -248,6 +249,30 @@ def test_no_path_user_id_or_command_goes_with_a_model(home: Path, tmp_path: Path
     assert "from random weights; no base model" in card and ModelCard(card).data.base_model is None
 
 
+def test_the_commit_is_never_that_of_a_checkout_that_it_was_only_installed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        named = ("-c", "user.name=me", "-c", "user.email=me@shop.example")
+        done = subprocess.run(["git", *named, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    installed = tmp_path / "site-packages" / "genrec_llm" / "runs.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("")
+    (tmp_path / "shop.py").write_text("")
+    git("init")
+    git("add", "shop.py")
+    git("commit", "-m", "the shop's own")
+    monkeypatch.setattr(runs_module, "__file__", str(installed))
+    assert runs_module.git_commit() is None
+    git("add", ".")
+    git("commit", "-m", "and this project")
+    assert runs_module.git_commit() == git("rev-parse", "HEAD")
+    installed.write_text("changed")
+    assert runs_module.git_commit() == git("rev-parse", "HEAD") + "+changes"
+
+
 def test_hours_count_all_sessions_of_a_run(home: Path) -> None:
     steps = ("--eval-strategy", "no", "--load-best-model-at-end", "false", "--save-strategy", "steps", "--save-steps", 2,
              "--max-steps", 4, "--save-total-limit", 9)  # fmt: skip
@@ -278,6 +303,38 @@ def test_a_checkpoint_that_knows_no_hours_is_gone_on_from(home: Path) -> None:
     write_manifest(run / "checkpoint-2")
     train(home / "t5-tied", home, run, *steps)
     assert info_of(run / "adapter")["training"][0]["seconds"] > 0
+
+
+def test_the_earlier_stage_is_remembered_as_it_was_when_training_began(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = train(home / "bart", home, home / "first", stage="pretrain")
+    plain = GenRecTrainer.train
+
+    def removed_meanwhile(self: GenRecTrainer, *arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(before)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(GenRecTrainer, "train", removed_meanwhile)
+    run = train(home / "bart", home, home / "second", "--from-run", before)
+    assert [stage["stage"] for stage in info_of(run / "adapter")["training"]] == ["pretrain", "finetune"]
+
+
+def test_a_run_finished_before_cards_is_exported_again_by_its_command(home: Path) -> None:
+    run = train(home / "bart", home, home / "old")
+    facts = json.loads((run / "run.json").read_text())
+    del facts["finished"]["epochs"], facts["lora_targets"]
+    facts["finished"]["seconds"] = 4321.0
+    facts["data"] = {name: facts["data"][name] for name in ("name", "fingerprint", "vocabulary")}
+    (run / "run.json").write_text(json.dumps(facts))
+    train(home / "bart", home, run)
+    info = info_of(run / "adapter")
+    assert (info["training"][0]["seconds"], info["training"][0]["epochs"], info["data"]["users"]) == (
+        4321.0,
+        1.0,
+        USERS,
+    )
+    assert facts["time"] == info["training"][0]["time"]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -337,6 +394,14 @@ def test_merging_again_after_an_evaluation_keeps_its_figures(evaluated: Path, tm
     refresh_cards(run)
     assert contents(run / "merged") == contents(evaluated / "merged")
     assert contents(run / "adapter") == contents(evaluated / "adapter")
+
+
+def test_figures_that_came_with_an_adapter_stay_with_it_when_it_is_merged(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "adapter", tmp_path / "adapter")  # as `genrec pull` lays it down: no reports beside it
+    recipe("merge", "--run", tmp_path)
+    assert contents(tmp_path / "adapter") == contents(evaluated / "adapter")
+    assert info_of(tmp_path / "merged")["evaluation"] == info_of(evaluated / "merged")["evaluation"]
+    assert "### Test split" in card_of(tmp_path / "merged")
 
 
 def test_reports_on_an_earlier_model_of_the_directory_are_left_out(evaluated: Path, tmp_path: Path) -> None:

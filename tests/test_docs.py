@@ -7,21 +7,23 @@ How lines are marked, by a comment behind a command, or on a line of its own for
     # takes minutes, # takes half an hour …
                                     run on a small log: the test appends `QUICK` to the command
 
-All others run as they stand, in order, from a copy of the repository: bash blocks by bash, Python blocks of one document in one
-process. `make` lines run dry, since they install. Pages below docs/results/ hold the commands that made the results, which took
-hours: their flags have to parse.
+All others run as they stand, in order, from a copy of the repository: bash blocks by bash, Python blocks of one document in
+one process. `make` lines run dry, since they install. Pages below docs/results/ hold the commands that made the results,
+which took hours: their flags have to parse.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import fake_hub
 import pytest
@@ -143,11 +145,14 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [*PAGES, *RESULTS], ids=name_of)
-def test_the_flags_of_every_recipe_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def test_the_flags_of_every_recipe_parse(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
     for _, block in blocks(path.read_text(encoding="utf-8"), "bash"):
         for command in commands(block):
-            if called := recipe_of(command.words):
+            if "<<" in command.text:  # files that later commands name
+                subprocess.run(["bash", "-c", command.text], check=True)
+            elif called := recipe_of(command.words):
                 name, arguments = called
                 if path in RESULTS and "--config" in arguments:  # of the commit that the page names
                     place = arguments.index("--config")
@@ -157,7 +162,9 @@ def test_the_flags_of_every_recipe_parse(path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_flag_that_is_not_there_is_found() -> None:
-    (command,) = commands("genrec finetune --strategy ddp --processes 8 --dataset x.csv \\\n    --lora-rank 4  # needs GPUs\n")
+    (command,) = commands(
+        "genrec finetune --strategy ddp --processes 8 --dataset x.csv \\\n    --lora-rank 4  # needs GPUs\n"
+    )
     name, arguments = recipe_of(command.words) or ("", [])
     assert (name, command.mark) == ("finetune", "# needs GPUs")
     with pytest.raises(Exception, match="--lora-rank: unknown flag"):
@@ -185,7 +192,9 @@ def prose(path: Path) -> str:
     """The markdown of a page or notebook, without its code blocks."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+        text = "\n\n".join(
+            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+        )
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -203,14 +212,34 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not lost
 
 
+def tool(name: str) -> dict[str, Any]:
+    """What a program of tools/ defines."""
+    return runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"))
+
+
 def test_the_reference_of_configuration_keys_is_what_the_dataclasses_say() -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/reference.py", "--check"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
     page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert page == tool("reference")["page"](), "python tools/reference.py"
     rows = dict(re.findall(r"^\| `(\w+)` \|(.+)\|$", page, re.MULTILINE))
     assert "`0.001` | `5e-05`" in rows["learning_rate"] and "has to be given" in rows["dataset"]
+    ours = {
+        entry.name
+        for cls in (DataArguments, ModelArguments, MergeArguments, EvaluateArguments)
+        for entry in fields(cls)
+    }
+    assert {*ours, *GenRecTrainingArguments.__annotations__} <= rows.keys()
+
+
+def test_a_reference_that_has_drifted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, page = tool("reference"), tmp_path / "docs" / "configuration.md"
+    monkeypatch.setitem(reference["page"].__globals__, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["reference.py"])
+    reference["main"]()
+    monkeypatch.setattr(sys, "argv", ["reference.py", "--check"])
+    reference["main"]()
+    page.write_text(page.read_text(encoding="utf-8").replace("`0.001`", "`0.002`"), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"configuration\.md is not what"):
+        reference["main"]()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -254,9 +283,69 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A reader's machine: a checkout, no GPU, a login at the Hub on loopback."""
     home = tmp_path_factory.mktemp("docs")
-    folder = Path(notebook_tool()["copy_of_the_repository"](home / "genrec_llm"))
+    folder = Path(tool("notebook")["copy_of_the_repository"](home / "genrec_llm"))
     tiny.save_log(folder / "quick.csv")
     with FakeHub() as hub:
         hub.add_model("google/flan-t5-small", tiny.save_backbone("t5-untied", home / "flan"))
         environment = {**tiny.environment(), **fake_hub.environment(hub, home / "hf")}
         yield Place(folder, environment | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.slow
+def test_the_readme(place: Place) -> None:
+    printed = place.follow(REPOSITORY / "README.md")
+    assert "genrec demo" in printed  # what `make demo` would run
+    assert (place.folder / "runs/shop/finetune/evaluation/validation/report.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def shop(place: Place) -> Place:
+    """After the quick start for ML engineers."""
+    place.follow(DOCS / "ml_engineer.md")
+    return place
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_ml_engineers(shop: Place) -> None:
+    lines = [json.loads(line) for line in (shop.folder / "lists.jsonl").read_text().splitlines()]
+    assert [line.get("order") for line in lines] == [17, None] and [len(line["items"]) for line in lines] == [5, 5]
+    assert not (shop.folder / "models/shop/users.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_app_developers(shop: Place) -> None:
+    seen_too = 'recommender.recommend(["tea-red", "tea-blue"], k=5, exclude_seen=False)'
+    compare = (
+        f"print([best, [found.item for found in {seen_too}], len(commit)])".replace("print(", "print(json.dumps(") + ")"
+    )
+    printed = shop.follow(DOCS / "app_developer.md", f"import json\n{compare}")
+    by_transformers, by_us, length = json.loads(printed.splitlines()[-1])
+    assert by_transformers == by_us and len(by_us) == 5
+    assert length == 40
+
+
+@pytest.mark.slow
+def test_the_quick_start_for_researchers(place: Place) -> None:
+    printed = place.follow(DOCS / "researcher.md")
+    assert "popular among the last items" in printed
+    assert (place.folder / "runs/beauty_page/README.md").is_file()
+    assert len((place.folder / "runs/beauty_t5-micro/finetune/test_openings.jsonl").read_text().splitlines()) == 1
+
+
+FOLLOWED = ("README.md", "ml_engineer.md", "app_developer.md", "researcher.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name not in FOLLOWED], ids=name_of)
+def test_other_pages(path: Path, place: Place) -> None:
+    place.follow(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_prints_what_it_holds(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/notebook.py", str(path), "--check"], cwd=REPOSITORY, env=tiny.environment(), timeout=600,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]

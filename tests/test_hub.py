@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ITEMS, KINDS, USERS, contents, recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from genrec_llm import privacy
 from genrec_llm.errors import GenRecError
 from genrec_llm.files import describe_files, read_json, write_json
 from genrec_llm.hub import FILES, local_directory, pull, push
@@ -334,8 +336,33 @@ def test_a_base_that_nobody_else_has(hub: FakeHub, run: Path, home: Path) -> Non
         told = refused(push, run / what, "me/model", dry_run=True)
         assert repr(str(home / "t5-tied")) in told and "--base-model org/name" in told
     assert "no name of a model" in refused(push, run / "adapter", "me/model", base_model=str(home), dry_run=True)
-    assert "base model: base/gone" in refused(push, run / "adapter", "me/model", base_model="base/gone")
+    for what in ("adapter", "merged"):
+        assert "base model: base/gone" in refused(push, run / what, "me/model", base_model="base/gone")
+        info = read_json(run / what / "genrec.json")
+        info["base_model"]["name"] = "runs/backbone"  # a folder of where it was trained, which looks like a name
+        write_json(run / what / "genrec.json", info)
+        assert "base model: runs/backbone" in refused(push, run / what, "me/model")
     assert hub.writes == []
+
+
+def test_a_moved_base_is_not_asked_for_the_revision_of_the_first_one(hub: FakeHub, run: Path) -> None:
+    for name, base in (("genrec.json", "base_model"), ("adapter_config.json", None)):
+        content = read_json(run / "adapter" / name)
+        (content[base] if base else content)["revision"] = "v1"
+        write_json(run / "adapter" / name, content)
+    relist(run / "adapter")
+    moved = Recommender.from_pretrained(run / "adapter", backbone="base/t5-tied", device="cpu")
+    assert moved.recommend(["i1"]) == Recommender.from_pretrained(run / "adapter", device="cpu").recommend(["i1"])
+
+
+def test_what_is_sent_as_it_is_is_hashed_once(hub: FakeHub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    plain = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, digest: hashed.append(Path(file.name).name) or plain(file, digest)
+    )
+    push(run / "adapter", "me/model", base_model="base/t5-tied", dry_run=True)
+    assert [hashed.count(name) for name in ("adapter_model.safetensors", "items.parquet")] == [1, 1]
 
 
 def test_what_is_not_for_sharing(hub: FakeHub, home: Path, run: Path, tmp_path: Path) -> None:
@@ -440,6 +467,10 @@ def test_ids_that_look_like_other_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item": ["i1", "shorty"]}), tmp_path / "items.parquet")
     (tmp_path / "README.md").write_text("![ndcg](plots/ndcg@10.png) a wonder of 100234 users, ndcg@10.json\n")
     assert problems_inside(tmp_path, **arguments) == []
+    pq.write_table(
+        pa.table({"index": range(100_235), "item": [f"i{number}" for number in range(100_235)]}), tmp_path / "x.parquet"
+    )
+    assert problems_inside(tmp_path, **arguments) == []
     for guilty in ("wonder", "100234", "by U-77aa!", "xA2SUAM1J3GNN3Bx"):
         (tmp_path / "config.json").write_text(json.dumps({"author": guilty}))
         assert problems_inside(tmp_path, **arguments) == ["config.json: holds raw ids of 1 user (author)"]
@@ -474,6 +505,16 @@ def test_a_finding_stops_the_push(hub: FakeHub, run: Path, monkeypatch: pytest.M
     assert "items.parquet: holds raw ids of 1 user (column title, row 3)" in told
     assert "items.parquet: holds the value of SHOP_API_KEY" in told
     assert SECRET not in told and "private.example" not in told and hub.writes == []
+
+
+def test_the_login_is_looked_for_beside_a_token_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy, "get_token", lambda: "login of the shop")
+    (tmp_path / "README.md").write_text("login of the shop\n\nanother login\n")
+    found = problems_inside(tmp_path, user_ids=[], known=[], token="another login")
+    assert found == [
+        "README.md: holds the value of the Hub token (line 1)",
+        "README.md: holds the value of the given token (line 3)",
+    ]
 
 
 def test_paths_of_this_machine_are_cut_to_their_last_name(hub: FakeHub, run: Path) -> None:
@@ -551,6 +592,10 @@ def test_merge_pushes_the_merged_model(hub: FakeHub, run: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         recipe("merge", "--run", run, "--push-to-hub", "--hub-model-id", "me/model")
     assert "--base-model org/name" in capsys.readouterr().err and hub.writes == []
+    before = contents(run)
+    with pytest.raises(SystemExit):
+        recipe("merge", "--run", run, "--push-to-hub", "--hub-model-id", "me/model", "--base-model", "base/gone")
+    assert "base model: base/gone" in capsys.readouterr().err and contents(run) == before
     recipe(
         "merge", "--run", run, "--push-to-hub", "--hub-model-id", "me/model", "--base-model", "base/t5-tied",
         "--hub-private-repo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -151,6 +152,30 @@ def test_paths_that_lead_out_of_the_directory_are_refused_before_they_are_opened
     monkeypatch.setattr("genrec_llm.files.sha256_file", lambda path: pytest.fail(f"{path} was opened"))
     (problem,) = problems_of(folder)
     assert f"files has {name!r}, which is no path inside the directory" in problem
+
+
+def test_each_file_is_read_for_its_hash_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    plain = hashlib.file_digest
+
+    def noted(file: Any, digest: Any) -> Any:
+        hashed.append(str(Path(file.name).relative_to(exported)))
+        return plain(file, digest)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    Recommender.from_pretrained(exported, device="cpu")
+    assert sorted(hashed) == sorted(read_json(exported / "genrec.json")["files"])
+
+
+def test_a_merged_model_brings_no_adapter_that_names_another_base(home: Path, tmp_path: Path) -> None:
+    folder = copy_of(home, "merged", tmp_path)
+    other = shutil.copytree(folder, tmp_path / "other")  # what transformers would load in its place, uncompared
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(home / "run" / "adapter" / name, folder / name)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(other))
+    list_again(folder)
+    (problem,) = problems_of(folder)
+    assert "lists adapter_config.json, which only an adapter has" in problem
 
 
 def test_a_file_that_is_taken_out_of_the_list_is_missed(exported: Path) -> None:

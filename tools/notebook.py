@@ -3,8 +3,8 @@
     python tools/notebook.py docs/from_csv_to_hub.ipynb           # writes the outputs
     python tools/notebook.py docs/from_csv_to_hub.ipynb --check   # runs it; exits with 1 if other words are printed
 
-It runs in a copy of the repository, on a CPU and without network. Only what Jupyter shows of plain Python is stored: printed text,
-and the value of a cell's last line as text or PNG. With --check the numbers may differ, since no two kinds of machine round alike.
+It runs in a copy of the repository, on a CPU and without network. Stored is what Jupyter shows of plain Python: text printed
+and the value of a cell's last line as text or PNG. With --check numbers may differ, since machines round differently.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def run(notebook: dict[str, Any]) -> dict[str, Any]:
 def _outputs(source: str, space: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """Run one cell, as Jupyter does: the value of an expression on its last line is shown."""
     tree = ast.parse(source)
-    shown = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    shown = None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
+        shown = ast.Expression(last.value)
     printed, value = io.StringIO(), None
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, f"cell {count}", "exec"), space)
@@ -110,7 +114,9 @@ def main() -> None:
             if old != new
         ]
         if differing:
-            sys.exit("\n".join([*differing, f"{path.name} prints something else: python tools/notebook.py {args.notebook}"]))
+            sys.exit(
+                "\n".join([*differing, f"{path.name} prints something else: python tools/notebook.py {args.notebook}"])
+            )
         return
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(fresh, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
