@@ -19,9 +19,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from genrec_llm.errors import ConfigError
-from genrec_llm.evaluation import HEADLINE
+from genrec_llm.evaluation import HEADLINE, WITHOUT_USERS
 from genrec_llm.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
 from genrec_llm.loading import ADAPTER, INFO_FILE, MERGED, ROWS_FILE, TRAINED, read_info, trained_directory
+from genrec_llm.metrics import p_words
 from genrec_llm.tasks import PromptLayout
 from genrec_llm.vocab import IdVocab
 
@@ -195,14 +196,9 @@ def refresh_cards(run: Path) -> None:
         ExportError: a file cannot be written.
     """
     trained = trained_directory(run)
-    pictures = sorted((run / PLOTS).glob("*.png"))
     for folder in (trained, run / MERGED):
         if not folder.is_dir():
             continue
-        if pictures:
-            with atomic_directory(folder / PLOTS) as copies:
-                for picture in pictures:
-                    shutil.copyfile(picture, copies / picture.name)
         info = read_info(folder, ADAPTER, TRAINED, MERGED)
         known = {name: value for name, value in info.items() if name != "evaluation"}
         # What was measured elsewhere came with the model, as with one from the Hub.
@@ -211,7 +207,18 @@ def refresh_cards(run: Path) -> None:
             for name, measured in info.get("evaluation", {}).items()
             if not (run / "evaluation" / name / "report.json").is_file()
         } | evaluation_facts(run, info.get("rows_sha256") or sha256_file(folder / ROWS_FILE))
+        pictures = [path for path in sorted((run / PLOTS).glob("*.png")) if _is_of(path, evaluation)]
+        if pictures:
+            with atomic_directory(folder / PLOTS) as copies:
+                for picture in pictures:
+                    shutil.copyfile(picture, copies / picture.name)
         write_card(folder, known | ({"evaluation": evaluation} if evaluation else {}))
+
+
+def _is_of(picture: Path, evaluation: Mapping[str, Any]) -> bool:
+    """Whether a picture shows this model: not `metrics_test.png` of a test whose report is on an earlier model."""
+    kind, _, measured = picture.stem.partition("_")
+    return kind not in ("metrics", "ranks") or measured in evaluation
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
@@ -361,11 +368,11 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
             dataset_split=protocol["split"],
             metric_type=name.lower().replace("hr@", "hit_rate@"),
             metric_name=name,
-            metric_value=round(measured["reports"][0]["metrics"][name]["mean"], 6),
+            metric_value=round(own["metrics"][name]["mean"], 6),
         )
         for measured in _ordered(facts)
-        if _same_users(facts, measured)
-        for protocol in [measured["reports"][0]["protocol"]]
+        if (own := _own_report(facts, measured)) is not None
+        for protocol in [own["protocol"]]
         for name in HEADLINE
     ]
 
@@ -373,6 +380,15 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
 def _same_users(facts: _Facts, measured: Mapping[str, Any]) -> bool:
     """Whether the measured model knew the users that this directory knows."""
     return not facts.layout.user_token or measured["model"]["user_rows"] == facts.layout.num_user_rows
+
+
+def _own_report(facts: _Facts, measured: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report on just this directory's model: without the users, the one for which all were unknown."""
+    reports: list[dict[str, Any]] = measured["reports"]
+    if _same_users(facts, measured):
+        return reports[0]
+    unknown = [report for report in reports if report["name"].endswith(WITHOUT_USERS)]
+    return unknown[0] if unknown and not facts.known_users else None
 
 
 def _ordered(facts: _Facts) -> list[dict[str, Any]]:
@@ -617,7 +633,12 @@ def _while_training(last: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _measured(facts: _Facts, measured: Mapping[str, Any]) -> list[str]:
-    reports = measured["reports"]
+    reports, own = measured["reports"], _own_report(facts, measured)
+    named, whose = {reports[0]["name"]: "this model"}, "Against"
+    if own is not reports[0]:
+        named, whose = {reports[0]["name"]: "with rows of known users"}, "With rows of known users, against"
+        if own is not None:
+            named[own["name"]] = "this model"
     protocol = reports[0]["protocol"]
     seen = "items of the history removed" if protocol["exclude_seen"] else "items of the history may come again"
     lines = [
@@ -627,12 +648,12 @@ def _measured(facts: _Facts, measured: Mapping[str, Any]) -> list[str]:
         "bootstrap intervals over users.",
         "",
         *_table(
-            ("", "this model", *(_text(rival["name"]) for rival in reports[1:])),
+            ("", *(named.get(report["name"], _text(report["name"])) for report in reports)),
             [(name, *(_interval(report["metrics"][name]) for report in reports)) for name in _SHOWN_METRICS],
             numbers=True,
         ),
         "",
-        *(_difference(name, both["NDCG@10"]) for name, both in measured["differences"].items()),
+        *(_difference(whose, name, both["NDCG@10"]) for name, both in measured["differences"].items()),
     ]
     generated = measured["generate"]
     lines.append(
@@ -646,10 +667,12 @@ def _measured(facts: _Facts, measured: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append("- This split was looked at while training, so its figures flatter.")
-    if not _same_users(facts, measured):
+    if own is not reports[0]:
+        known = f"rows for {measured['model']['user_rows'] - 1:,} known users"
+        here = f"{facts.known_users:,} of them" if facts.known_users else "none"
         lines.append(
-            f"- Measured with rows for {measured['model']['user_rows'] - 1:,} known users. Here are "
-            f"{facts.known_users:,}: lists for users without a row can differ, and were not measured."
+            f"- {known[0].upper()}{known[1:]} were measured; this model has {here}. "
+            + ("Its own figures were not measured." if own is None else "Its own figures take every user for unknown.")
         )
     lines.append(
         f"- Measured on the merged model ({measured['model']['weights']} weights, computed in float32); "
@@ -663,12 +686,12 @@ def _measured(facts: _Facts, measured: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _difference(rival: str, difference: Mapping[str, float]) -> str:
+def _difference(whose: str, rival: str, difference: Mapping[str, float]) -> str:
     low, high = difference["low"], difference["high"]
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
     return (
-        f"- Against {_text(rival)}, same users: NDCG@10 {difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}], "
-        f"p = {difference['p_value']:.2g}: {verdict}."
+        f"- {whose} {_text(rival)}, same users: NDCG@10 {difference['mean']:+.4f} [{low:+.4f}, {high:+.4f}], "
+        f"{p_words(difference['p_value'])}: {verdict}."
     )
 
 
@@ -711,7 +734,8 @@ def _training(facts: _Facts) -> list[str]:
         ),
         "",
         f"{_duration(sum(hours))} of training in all, on the hardware above; sessions of a stopped and resumed run are "
-        "added up; energy was not measured. The loss is the cross-entropy of the hidden item over all items of the catalogue.",
+        "added up; energy was not measured. The loss is the cross-entropy of the hidden item over all items of the "
+        "catalogue.",
         "",
     ]
     versions = stages[-1].get("versions") or facts.info.get("versions") or {}
@@ -748,7 +772,7 @@ def _stage_rows(stage: Mapping[str, Any], *, first: bool) -> dict[str, str]:
         "first item rows": _ROW_INITS[stage["row_init"]] if first else "as the stage before left them",
         "item rows in and out": "one table and a learned scale" if settings["tie_item_rows"] else "two tables",
         "decoder prompt": "mask and last item" if settings["decoder_prompt"] == "last-item" else "mask",
-        "steps (epochs)": f"{stage['steps']:,} ({stage['epochs']:g})" + _asked_for(settings),
+        "steps": f"{stage['steps']:,}, {stage['epochs']:g} epochs; {_asked_for(settings)}",
         "global batch": f"{launch.get('global_batch_size', 'not recorded')} examples",
         "learning rate": f"{rate:g}; rows {rate if rows_rate is None else rows_rate:g}; {settings['lr_scheduler_type']}, "
         f"warm-up {settings['warmup_steps']:g}",
@@ -774,7 +798,7 @@ def _asked_for(settings: Mapping[str, Any]) -> str:
         f"{settings['max_steps']:,} steps" if settings["max_steps"] > 0 else f"{settings['num_train_epochs']:g} epochs"
     )
     patience = settings["early_stopping_patience"]
-    return f" of {asked}" + (f", patience {patience}" if patience else "")
+    return f"asked for: {asked}" + (f", patience {patience}" if patience else "")
 
 
 def _launch_words(launch: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ from genrec_llm.metrics import (
 
 CUTOFFS = (1, 5, 10, 20)
 LIST_CUTOFF = 10  # coverage and novelty look at this many items of a list
+WITHOUT_USERS = ", users unknown"
+"""Ends the name of the report on a model that is asked as if it knew no user."""
 HEADLINE = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "MRR")
 
 

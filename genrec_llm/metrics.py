@@ -160,7 +160,12 @@ class PairedDifference(Interval):
     p_value: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}] (p = {self.p_value:.2g})"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}] ({p_words(self.p_value)})"
+
+
+def p_words(p_value: float) -> str:
+    """As it is printed: 2,000 resamples tell little of what lies below 0.001."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
 
 
 def bootstrap_intervals(

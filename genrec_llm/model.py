@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from genrec_llm.errors import ConfigError
 from genrec_llm.tasks import DecoderPrompt, PromptLayout
@@ -276,6 +277,16 @@ def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | to
     # bitsandbytes 0.50 logs each call of an 8-bit layer whose input is not fp16 (autograd/_functions.py).
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def pinned_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a checkpoint on the Hub is at, since a branch may move on; of anything else `revision` as it is."""
+    if Path(name).is_dir() or name in NAMED_SIZES:
+        return revision
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision
+    except OSError:  # `load_backbone` says what is wrong with it
+        return revision
 
 
 def load_backbone(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import NOTHING, generate_top_n, item_rows, mask_seen, one_step_scores, top_items
 from genrec_llm.errors import ConfigError, DataError, counted, listed
-from genrec_llm.evaluation import EvalData
+from genrec_llm.evaluation import WITHOUT_USERS, EvalData
 from genrec_llm.hub import local_directory
 from genrec_llm.loading import (
     ADAPTER,
@@ -430,6 +430,22 @@ class Recommender:
 
     def _text_of(self, item: int) -> dict[str, str | None]:
         return {name: values[item] for name, values in self._text.items()}
+
+
+@dataclass(frozen=True)
+class WithoutUsers:
+    """A recommender that knows no user: everybody is `<user_unknown>`, as in a copy that was pushed without users."""
+
+    recommender: Recommender
+
+    @property
+    def name(self) -> str:
+        """In reports."""
+        return f"{self.recommender.name}{WITHOUT_USERS}"
+
+    def scores(self, histories: Sequence[IntArray], users: IntArray) -> npt.NDArray[np.float32]:
+        """As `Recommender.scores`, for row 0 alone."""
+        return self.recommender.scores(histories, np.zeros_like(users))
 
 
 def _ids(argument: str, values: Iterable[str]) -> list[str]:

@@ -40,7 +40,14 @@ from genrec_llm.loading import (
     restore,
     trained_directory,
 )
-from genrec_llm.model import GenRecBackbone, add_id_words, add_lora, load_backbone, prompt_layout
+from genrec_llm.model import (
+    GenRecBackbone,
+    add_id_words,
+    add_lora,
+    load_backbone,
+    pinned_revision,
+    prompt_layout,
+)
 from genrec_llm.privacy import redacted
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import SOURCES, load_interactions
@@ -152,16 +159,17 @@ class Built:
 
 def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: Data) -> Built:
     """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned."""
+    revision = pinned_revision(args.backbone, args.backbone_revision)
     model, tokenizer = load_backbone(
         args.backbone,
         init=args.backbone_init,
-        revision=args.backbone_revision,
+        revision=revision,
         dtype=torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32,
         dropout=args.dropout,
     )
     base = BaseModel(
         name=args.backbone,
-        revision=args.backbone_revision,
+        revision=revision,
         type=model.config.model_type,
         fingerprint=fingerprint(model) if args.tuning == "lora" else None,
     )
@@ -201,7 +209,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         dropout=args.lora_dropout,
         targets=args.lora_target_modules,
         base_name=args.backbone,
-        revision=args.backbone_revision,
+        revision=revision,
     )
     return Built(adapted, tokenizer, layout, base, method)
 

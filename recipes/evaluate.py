@@ -22,7 +22,7 @@ from genrec_llm.evaluation import (
 )
 from genrec_llm.loading import MERGED
 from genrec_llm.plots import can_draw, draw_run
-from genrec_llm.recommender import Recommender
+from genrec_llm.recommender import Recommender, WithoutUsers
 from genrec_llm.runs import check_merged, load_run_data, provenance
 
 
@@ -47,6 +47,8 @@ def main() -> None:
     rivals = [Popularity.fit(train, data.vocab.num_items), ItemKNN.fit(train, data.vocab.num_items)]
     if args.keep_seen:
         rivals.append(RecentRepeat.fit(train, data.vocab.num_items))
+    if recommender.layout.user_token:
+        rivals.append(WithoutUsers(recommender))
     ranked = rank_recommender(recommender, held_out, exclude_seen=exclude_seen, batch_size=args.batch_size)
     ours = build_report(recommender.name, ranked, held_out, exclude_seen=exclude_seen)
     baselines = [
@@ -76,6 +78,7 @@ def main() -> None:
         print("no pictures: pip install 'genrec-llm[plots]', then genrec plot", run)
     refresh_cards(run)
     print(f"written to {out}: report.json, report.md, ranks of each user; to {run / 'plots'}: pictures; cards renewed")
+    print(f"Next: genrec push {run / MERGED} org/name --dry-run")
 
 
 if __name__ == "__main__":

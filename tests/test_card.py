@@ -415,13 +415,30 @@ def test_reports_on_an_earlier_model_of_the_directory_are_left_out(evaluated: Pa
     for kind in ("adapter", "merged"):
         assert info_of(run / kind)["evaluation"].keys() == {"validation"}
         assert "### Test split" not in card_of(run / kind)
+        shown = {path.name for path in (run / kind / "plots").iterdir()}
+        assert {"metrics_validation.png", "ranks_validation.png"} < shown
+        assert not {"metrics_test.png", "ranks_test.png"} & shown and "_test.png" not in card_of(run / kind)
 
 
-def test_a_model_without_the_users_of_the_measured_one_claims_none_of_its_figures(evaluated: Path) -> None:
+def test_a_model_without_users_claims_the_figures_for_which_all_users_were_unknown(evaluated: Path) -> None:
     recipe("merge", "--run", evaluated, "--without-users", "--output-dir", evaluated / "public")
     card = card_of(evaluated / "public")
-    assert f"- Measured with rows for {USERS} known users. Here are 0: lists" in card
-    assert ModelCard(card).data.eval_results is None
+    assert f"- Rows for {USERS} known users were measured; this model has none. Its own figures take every user" in card
+    (unknown,) = (
+        report
+        for report in info_of(evaluated / "public")["evaluation"]["test"]["reports"]
+        if report["name"].endswith("users unknown")
+    )
+    claimed = {
+        result.metric_name: result.metric_value
+        for result in ModelCard(card).data.eval_results
+        if result.dataset_split == "test"
+    }
+    assert claimed["NDCG@10"] == pytest.approx(unknown["metrics"]["NDCG@10"]["mean"], abs=1e-6)
+    head = next(line for line in card.splitlines() if "with rows of known users" in line and line.startswith("|"))
+    own = head.split("|").index(" this model ")
+    row = next(line for line in card.splitlines() if line.startswith("| NDCG@10 "))
+    assert row.split("|")[own].strip().startswith(f"{unknown['metrics']['NDCG@10']['mean']:.4f}")
     assert "every user is `<user_unknown>`" in card
     assert f"Rows of {USERS} users of the training data are included" in card_of(evaluated / "merged")
 

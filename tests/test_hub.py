@@ -567,6 +567,11 @@ def test_a_recipe_pushes_its_adapter_and_nothing_private(
         == 1
     )
 
+    (base,) = hub.repositories["base/t5-tied"].history[-1:]  # pinned, though no revision was given
+    for name, entry in (("genrec.json", "base_model"), ("adapter_config.json", "")):
+        content = json.loads(repository.files("first")[name])
+        assert (content[entry] if entry else content)["revision"] == base
+
     sent = [piece for body in hub.bodies for piece in searched(body)]
     texts = [
         printed.out,

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from tiny import contents, recipe
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import GlobalBatches, as_tensors
