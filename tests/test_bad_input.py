@@ -18,7 +18,7 @@ import tiny
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import contents, recipe
+from tiny import contents, recipe, tensors_and_words
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from genrec_llm import export
@@ -494,13 +494,13 @@ def test_what_was_interrupted_by_a_full_disk_can_be_done_again(
     run: Path, home: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, after: str
 ) -> None:
     command = arguments(home, run, "--from-run", home / "pretrain") if after == "finetune" else ["--run", run]
-    before = contents(run / "adapter"), contents(run / "merged")
+    before = tensors_and_words(run / "adapter"), tensors_and_words(run / "merged")
     with monkeypatch.context() as patched:
         for name in ("save_file", "save_torch_state_dict"):
             patched.setattr(export, name, full_disk_of_the_system)
         refused(after, *command)
     recipe(after, *command)
-    assert (contents(run / "adapter"), contents(run / "merged")) == before
+    assert (tensors_and_words(run / "adapter"), tensors_and_words(run / "merged")) == before
 
 
 # --- broken files --------------------------------------------------------------

@@ -593,6 +593,7 @@ def test_a_signal_ends_every_process_of_a_run(number: signal.Signals, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=tiny.environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     )  # fmt: skip
     assert process.stdout is not None
     lines = [process.stdout.readline().split() for _ in range(3)]

@@ -190,7 +190,7 @@ def test_rivals_are_ranked_in_batches_of_the_size_asked_for(tmp_path: Path, monk
 
     monkeypatch.setattr("genrec_llm.evaluation.rank_recommender", spied)
     tiny.recipe("evaluate", "--run", run, "--batch-size", 7)
-    assert len(sizes) == 3 and {size for _, size in sizes} == {7}
+    assert len(sizes) == 4 and {size for _, size in sizes} == {7}
 
 
 def test_lists_that_end_early_agree_with_themselves_and_with_no_other_order() -> None:

@@ -116,6 +116,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def tensors_and_words(folder: Path) -> dict[str, bytes]:
+    """`contents` of an exported directory but for genrec.json and the card, which tell when and for how long it was made."""
+    return {name: content for name, content in contents(folder).items() if name not in ("genrec.json", "README.md")}
+
+
 def environment() -> dict[str, str]:
     """As a user's shell: the tools of this interpreter first, one thread a process."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
