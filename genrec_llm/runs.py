@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.card import is_hub_name, stage_facts
 from genrec_llm.data import Interactions, leave_last_two_out
-from genrec_llm.errors import ConfigError
+from genrec_llm.errors import ConfigError, counted
 from genrec_llm.evaluation import EvalData
 from genrec_llm.export import export_trained, versions
 from genrec_llm.files import read_json, sha256_file, write_json
@@ -232,7 +232,7 @@ def hardware() -> str:
     """The machine in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}, {platform.machine()}"
 
 
 def provenance() -> dict[str, Any]:

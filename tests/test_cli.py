@@ -575,6 +575,11 @@ def test_a_run_shows_its_command_and_has_its_exit_code(tmp_path: Path, capfd: py
     assert launch.run(["python", str(script)]) == 137
 
 
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background, such as these tests, ignores SIGINT, and so does all below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_process_of_a_run(number: signal.Signals, tmp_path: Path) -> None:
     """The worker ignores what it is asked politely, and the run has it ended all the same."""
@@ -593,7 +598,7 @@ def test_a_signal_ends_every_process_of_a_run(number: signal.Signals, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=tiny.environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+        preexec_fn=_hear_ctrl_c,
     )  # fmt: skip
     assert process.stdout is not None
     lines = [process.stdout.readline().split() for _ in range(3)]
@@ -642,6 +647,7 @@ def test_ctrl_c_ends_a_training_without_a_traceback_or_a_worker(strategy: str, t
             "--load-best-model-at-end", "false",
         ],
         cwd=tmp_path, env=tiny.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=_hear_ctrl_c,
     )  # fmt: skip
     assert process.stdout is not None
     while "examples an epoch" not in process.stdout.readline():
