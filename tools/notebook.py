@@ -27,7 +27,7 @@ from typing import Any
 from genrec_llm.files import atomic_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COPIED = ("genrec_llm", "recipes", "accelerate_configs", "ds_configs", "tools", "Makefile", "pyproject.toml")
+COPIED = ("genrec_llm", "recipes", "accelerate_configs", "ds_configs", "tools", "tests", "Makefile", "pyproject.toml")
 
 
 def copy_of_the_repository(folder: Path) -> Path:
