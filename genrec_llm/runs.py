@@ -21,11 +21,13 @@ from transformers.trainer_callback import ExportableState
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.card import is_hub_name, stage_facts
+from genrec_llm.checkpoints import is_universal_needed, last_complete_checkpoint
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError, counted
 from genrec_llm.evaluation import EvalData
 from genrec_llm.export import export_trained, versions
-from genrec_llm.files import read_json, sha256_file, write_json
+from genrec_llm.files import atomic_file, read_json, sha256_file, write_json
+from genrec_llm.guards import validations_without_better
 from genrec_llm.hub import check_remote, push_finished
 from genrec_llm.loading import (
     ADAPTER,
@@ -49,15 +51,11 @@ from genrec_llm.model import (
     prompt_layout,
 )
 from genrec_llm.privacy import redacted
+from genrec_llm.processes import Watch, agree
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import SOURCES, load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
-from genrec_llm.trainer import (
-    GenRecTrainer,
-    describe_launch,
-    last_complete_checkpoint,
-    validations_without_better,
-)
+from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.vocab import IdVocab
 
 logger = logging.getLogger(__name__)
@@ -373,12 +371,15 @@ class RunDirectory:
 
     def train(self, trainer: GenRecTrainer, built: Built) -> None:
         """Note the start, train (from the last whole checkpoint of this run, if there is one), and export the best model."""
-        launch = describe_launch(trainer)
+        launch = trainer.launch
+        self._agree(trainer)
         trainable = sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad)
         self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
         if isinstance(built.model, PeftModel):
             self.facts["lora_targets"] = sorted(built.model.peft_config["default"].target_modules)
         resumed = last_complete_checkpoint(self.path)
+        if resumed:
+            is_universal_needed(Path(resumed), launch)
         before = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
         if trainer.is_world_process_zero():
             print(f"{self.stage}: " + ", ".join(f"{name} {value}" for name, value in launch.items()), flush=True)
@@ -397,15 +398,12 @@ class RunDirectory:
             state = read_json(Path(resumed) / TRAINER_STATE_NAME)
             if validations_without_better(state["log_history"], self.training) >= self.training.early_stopping_patience:
                 self.training.max_steps = state["global_step"]  # it had stopped: no step is left
-        trainer.train(resume_from_checkpoint=resumed)
-        best = trainer.state.best_metric
-        if self.training.load_best_model_at_end and best is not None and trainer.state.best_model_checkpoint is None:
-            raise ConfigError(
-                f"{self.path}: its best checkpoint (validation {self.training.metric_for_best_model} {best}) is gone or "
-                "broken, and no later one was better: bring it back, or choose another --output-dir or remove that run"
-            )
-        trainer.save_model(str(self.path / "final"))
-        trainer.accelerator.wait_for_everyone()
+        with Watch(self.training) as watch:
+            trainer.add_callback(watch)
+            trainer.train(resume_from_checkpoint=resumed)
+            best = self._best(trainer)
+            trainer.save_model(str(self.path / "final"))
+            trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             out = self.path / (ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
             finished = {
@@ -454,6 +452,43 @@ class RunDirectory:
                     private=bool(self.training.hub_private_repo),
                     token=self.training.hub_token,
                 )
+
+    def _best(self, trainer: GenRecTrainer) -> float | None:
+        """What the best checkpoint is worth, after it was loaded.
+
+        Raises:
+            ConfigError: it is not there any more.
+        """
+        best = trainer.state.best_metric
+        if self.training.load_best_model_at_end and best is not None and trainer.state.best_model_checkpoint is None:
+            raise ConfigError(
+                f"{self.path}: its best checkpoint (validation {self.training.metric_for_best_model} {best}) is gone or "
+                "broken, and no later one was better: bring it back, or choose another --output-dir or remove that run"
+            )
+        return best
+
+    def _agree(self, trainer: GenRecTrainer) -> None:
+        """Refuse processes that were started with something else, or on a node that does not see the run directory."""
+        of_process = ("local_rank", "logging_dir", "use_cpu", "hub_token")
+        training = {key: value for key, value in self.facts["arguments"]["training"].items() if key not in of_process}
+        agree(
+            {
+                "commit": self.facts["commit"],
+                "versions": self.facts["versions"],
+                "data": self.facts["data"]["fingerprint"],
+                "vocabulary": self.facts["data"]["vocabulary"],
+                "model arguments": self.facts["arguments"]["model"],
+                "training arguments": training,
+            }
+        )
+        mark = self.path / ".seen-by-all"
+        if trainer.is_world_process_zero():
+            with atomic_file(mark) as temporary:
+                temporary.write_text(f"{time.time_ns()}", encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
+        agree({f"a mark in {self.path}": mark.read_text(encoding="utf-8") if mark.is_file() else "not there"})
+        if trainer.is_world_process_zero():
+            mark.unlink()
 
     def _earlier_stages(self) -> list[dict[str, Any]]:
         """Facts of the stages that this one went on from, earliest first."""

@@ -213,6 +213,10 @@ class Task(Protocol):
         """Token ids of the given examples as they are in `epoch`, with their `labels`."""
         ...
 
+    def user_rows(self, examples: IntArray) -> IntArray:
+        """Rows of the users whose histories the examples are made of."""
+        ...
+
 
 def _gather(sequences: Sequences, starts: IntArray, lengths: IntArray) -> IntArray:
     """Items `starts … starts + lengths` of the flat array as rows, `[batch, longest]`."""
@@ -270,6 +274,10 @@ class MaskedItem:
             )
         self.lengths = np.minimum(sequences.lengths()[self.owners], layout.max_history)
 
+    def user_rows(self, examples: IntArray) -> IntArray:
+        """See `Task.user_rows`."""
+        return self.sequences.users[self.owners[examples]]
+
     def batch(self, epoch: int, examples: IntArray) -> Batch:
         """See `Task.batch`. Of a sequence longer than the history length a random window is taken."""
         owner, lengths = self.owners[examples], self.lengths[examples]
@@ -323,6 +331,10 @@ class NextItem:
             raise ConfigError("dataset: no user has two items in the training part, so there is no target: more data")
         self.ends = ends
         self.lengths = np.minimum(ends, layout.max_history)
+
+    def user_rows(self, examples: IntArray) -> IntArray:
+        """See `Task.user_rows`."""
+        return self.sequences.users[self.owners[examples]]
 
     def batch(self, epoch: int, examples: IntArray) -> Batch:
         """See `Task.batch`."""

@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerControl, TrainerState
+from transformers import Seq2SeqTrainer, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 
 from genrec_llm.args import GenRecTrainingArguments
-from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
+from genrec_llm.batching import EpochDataLoader, GlobalBatches, as_tensors, train_loader
+from genrec_llm.checkpoints import (
+    is_complete,
+    is_universal_needed,
+    join_partitions,
+    last_complete_checkpoint,
+    write_manifest,
+)
 from genrec_llm.decoding import mask_seen, rank_targets
-from genrec_llm.errors import ConfigError, DataError, ExportError
+from genrec_llm.errors import ExportError, listed
 from genrec_llm.evaluation import EvalData
-from genrec_llm.files import changed_files, describe_files, read_json, write_json, writing
+from genrec_llm.files import writing
+from genrec_llm.guards import EarlyStopping, Losses, SameWeights, StopOnSignal
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
+from genrec_llm.processes import describe_launch, leave
 from genrec_llm.tasks import PromptLayout, Task
-
-logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-
-
-def validations_without_better(log_history: Sequence[Mapping[str, float]], args: GenRecTrainingArguments) -> int:
-    """How many validations at the end of a log came after the best one."""
-    name = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
-    best, without = None, 0
-    for value in [entry[name] for entry in log_history if name in entry]:
-        if best is None or (value > best if args.greater_is_better else value < best):
-            best, without = value, 0
-        else:
-            without += 1
-    return without
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Early stopping whose patience a resumed run does not get anew: what the log has seen counts."""
-
-    def on_train_begin(
-        self, args: GenRecTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count again from the log of the checkpoint."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self.early_stopping_patience_counter = validations_without_better(state.log_history, args)
 
 
 class GenRecTrainer(Seq2SeqTrainer):
@@ -65,6 +46,9 @@ class GenRecTrainer(Seq2SeqTrainer):
         task: examples of the stage.
         layout: how histories become token ids.
         validation: users, histories and targets ranked at every evaluation; None for no validation.
+
+    Raises:
+        ConfigError: the launch is not what was asked for, see `describe_launch`.
     """
 
     args: GenRecTrainingArguments
@@ -82,8 +66,14 @@ class GenRecTrainer(Seq2SeqTrainer):
     ) -> None:
         self.task, self.layout = task, layout
         self.masters: dict[str, Tensor] = {}
-        callbacks = [EarlyStopping(args.early_stopping_patience)] if args.early_stopping_patience else None
-        super().__init__(model=model, args=args, eval_dataset=validation, callbacks=callbacks)
+        super().__init__(model=model, args=args, eval_dataset=validation)
+        self.launch = describe_launch(args, self.accelerator.state)
+        self.stop = StopOnSignal()
+        self.losses = Losses(self.accelerator, layout.num_items, self._about_batch)
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
+        for callback in (self.losses, SameWeights(self.accelerator), self.stop):
+            self.add_callback(callback)
         unwrapped(model).label_smoothing = args.label_smoothing_factor
         self.label_smoother = None  # the Trainer's asks for logits of token ids; the loss is computed in `forward`
 
@@ -124,6 +114,24 @@ class GenRecTrainer(Seq2SeqTrainer):
         )
         self.optimizer = optimizer
         return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; the loss is looked at where it is."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.losses.see(loss * self.args.gradient_accumulation_steps, self.state.global_step + 1)
+        return loss
+
+    def _about_batch(self, step: int) -> str:
+        """Whose histories were in a step, by row, and what to do; no raw id."""
+        batches = GlobalBatches(self.task.lengths, self.args.global_batch_size, seed=self.args.seed, shares=1)
+        epoch, place = divmod(step - 1, batches.steps)
+        users = self.task.user_rows(batches.epoch(epoch)[place])
+        good = last_complete_checkpoint(Path(self.args.output_dir))
+        return (
+            f"its batch holds the histories of the user rows {listed(map(str, users))} (users.parquet says whose they are). "
+            f"Nothing was saved since; the last good checkpoint is {good or 'none yet'}. Try a lower --learning-rate or "
+            "--rows-learning-rate, more --warmup-steps, or fp32, in another --output-dir"
+        )
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +193,30 @@ class GenRecTrainer(Seq2SeqTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing; see `init_hf_repo`."""
 
+    @contextmanager
+    def _reading(self, checkpoint: str | None) -> Iterator[None]:
+        """Have DeepSpeed read a checkpoint in its universal form where another number of processes wrote it."""
+        universal = checkpoint is not None and is_universal_needed(Path(checkpoint), self.launch)
+        if universal and self.is_world_process_zero():
+            join_partitions(Path(str(checkpoint)))
+        self.accelerator.wait_for_everyone()
+        if self.is_deepspeed_enabled:
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}  # for an engine that is made inside
+            if self.deepspeed is not None:  # for the one that there is
+                self.deepspeed._config.load_universal_checkpoint = universal
+        yield
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As the Trainer's, which resumes here."""
+        with self._reading(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's; the best checkpoint may be older than the processes."""
+        with self._reading(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The best checkpoint is looked for in this run alone, whatever path it had when the state was saved."""
         done = super()._init_training_state(*args, **kwargs)
@@ -199,7 +231,7 @@ class GenRecTrainer(Seq2SeqTrainer):
         """Write the trained tensors: PEFT's files for an adapter, one safetensors file for full tuning.
 
         Raises:
-            ExportError: a tensor was not gathered, or the disk is full.
+            ExportError: a tensor was not gathered, holds no numbers, or the disk is full.
         """
         if not self.args.should_save:
             return
@@ -211,6 +243,12 @@ class GenRecTrainer(Seq2SeqTrainer):
         ]
         if empty:
             raise ExportError(f"{folder}: these tensors were not gathered whole from all processes: {', '.join(empty)}")
+        poisoned = [name for name, value in self._trained(state_dict).items() if not value.isfinite().all()]
+        if poisoned:
+            raise ExportError(
+                f"{folder}: after step {self.state.global_step} tensors hold NaN or infinite values and are not saved: "
+                f"{listed(poisoned)}. {self._about_batch(max(1, self.state.global_step))}"
+            )
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if isinstance(self.model, PeftModel):
@@ -220,10 +258,17 @@ class GenRecTrainer(Seq2SeqTrainer):
                 state = unshared(state_dict or self.model.state_dict())
                 save_file(state, folder / "model.safetensors", {"format": "pt"})
 
+    def _trained(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The trained tensors of a gathered state, or of the model."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        trained = {name: value for name, value in named.items() if value.requires_grad}
+        return trained if state_dict is None else {name: state_dict[name] for name in trained if name in state_dict}
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint counts only with its manifest, which the first process writes when all others are done.
 
-        Older checkpoints go only then, so that one that is whole is there at any time.
+        Older checkpoints go only then, so that one that is whole is there at any time. After a signal to stop the run ends
+        here.
 
         Raises:
             ExportError: it cannot be written whole.
@@ -245,24 +290,21 @@ class GenRecTrainer(Seq2SeqTrainer):
                 self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            write_manifest(folder)
+            write_manifest(folder, self.launch)
             rotate_checkpoints(
                 self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
+        if self.stop.stopping:
+            if self.is_world_process_zero():
+                print(f"stopped by SIGTERM; {folder} is whole, and the same command goes on from it", flush=True)
+            self.finish(128 + signal.SIGTERM)
 
-    def finish(self) -> None:
-        """End the run on every process.
-
-        Gloo workers abort at interpreter exit in up to half of all runs after the work is done (torch 2.13, "terminate
-        called without an active exception"), so processes that share a CPU run leave at once.
-        """
+    def finish(self, code: int = 0) -> None:
+        """End the run on every process, with an exit code."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        if self.args.world_size > 1 and self.args.device.type == "cpu":
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+        leave(code, at_once=self.args.world_size > 1 and self.args.device.type == "cpu")
 
 
 def fp32_masters(model: nn.Module) -> dict[str, Tensor]:
@@ -289,65 +331,3 @@ def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in state_dict.items()
         if not (value.data_ptr() in seen or seen.add(value.data_ptr()))  # type: ignore[func-returns-value]
     }
-
-
-def write_manifest(folder: Path) -> None:
-    """Record size and hash of every file of a finished checkpoint."""
-    write_json(folder / MANIFEST, {"files": describe_files(folder, without=[MANIFEST])})
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has its manifest and every file is as the manifest says."""
-    try:
-        listed = read_json(folder / MANIFEST)["files"]
-    except DataError:  # there is none, or it was cut short
-        return False
-    return not changed_files(folder, listed)
-
-
-def last_complete_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint of a run that is whole; broken ones are skipped with a warning."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if is_complete(folder):
-            return str(folder)
-        logger.warning("%s is not whole (stopped while it was written?) and is skipped", folder)
-    return None
-
-
-def describe_launch(trainer: GenRecTrainer) -> dict[str, Any]:
-    """Strategy, processes, precision and global batch that the run really has.
-
-    Raises:
-        ConfigError: the launcher promised several processes or DeepSpeed, and the Trainer got something else.
-    """
-    args, state = trainer.args, trainer.accelerator.state
-    facts = {
-        "strategy": state.distributed_type.value,
-        "world_size": args.world_size,
-        "device": str(args.device),
-        "precision": "bf16" if args.bf16 else "fp32",
-        "global_batch_size": args.global_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-    }
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        facts["zero_stage"] = state.deepspeed_plugin.zero_stage
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = []
-    if promised != args.world_size:
-        problems.append(f"launch: {promised} processes were started, but this run has world size {args.world_size}")
-    if args.n_gpu > 1:
-        problems.append(
-            f"launch: one process on {args.n_gpu} GPUs would split each batch by nn.DataParallel: launch with "
-            "accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0"
-        )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and "zero_stage" not in facts:
-        problems.append(f"launch: DeepSpeed was asked for, but this run has strategy {facts['strategy']}")
-    if state.mixed_precision != ("bf16" if args.bf16 else "no"):
-        problems.append(
-            f"launch: the accelerate file says mixed_precision {state.mixed_precision}, the arguments say "
-            f"{facts['precision']}: leave it out of the accelerate file and use --bf16"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return facts

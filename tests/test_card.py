@@ -20,10 +20,12 @@ from tiny import ITEMS, USERS, contents, recipe, train
 
 from genrec_llm import runs as runs_module
 from genrec_llm.card import base_licence, is_hub_name, model_card, refresh_cards
+from genrec_llm.checkpoints import MANIFEST, write_manifest
 from genrec_llm.errors import ConfigError
+from genrec_llm.files import read_json
 from genrec_llm.loading import load_merged, load_trained, open_directory
 from genrec_llm.recommender import Recommender
-from genrec_llm.trainer import GenRecTrainer, write_manifest
+from genrec_llm.trainer import GenRecTrainer
 
 VARIANTS = {
     "t5-tied": ("t5-tied",),
@@ -284,7 +286,7 @@ def test_hours_count_all_sessions_of_a_run(home: Path) -> None:
     assert 0 < clock["seconds"] < 60
     clock["seconds"] = 7200.0
     (run / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
-    write_manifest(run / "checkpoint-2")
+    write_manifest(run / "checkpoint-2", read_json(run / "checkpoint-2" / MANIFEST)["launch"])
     train(home / "t5-tied", home, run, *steps)
     (stage,) = info_of(run / "adapter")["training"]
     assert 7200 <= stage["seconds"] < 7260 and stage["steps"] == 4
@@ -300,7 +302,7 @@ def test_a_checkpoint_that_knows_no_hours_is_gone_on_from(home: Path) -> None:
     state = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
     del state["stateful_callbacks"]["TrainingClock"]
     (run / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
-    write_manifest(run / "checkpoint-2")
+    write_manifest(run / "checkpoint-2", read_json(run / "checkpoint-2" / MANIFEST)["launch"])
     train(home / "t5-tied", home, run, *steps)
     assert info_of(run / "adapter")["training"][0]["seconds"] > 0
 

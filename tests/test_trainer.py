@@ -19,21 +19,16 @@ from torch import Tensor, nn
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import GlobalBatches, as_tensors
+from genrec_llm.checkpoints import MANIFEST, is_complete, last_complete_checkpoint, write_manifest
 from genrec_llm.errors import ConfigError, ExportError
 from genrec_llm.evaluation import EvalData, rank_recommender
 from genrec_llm.loading import Loaded
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
+from genrec_llm.processes import describe_launch
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import Data, build_model, load_data, load_run_data
 from genrec_llm.tasks import MaskedItem, NextItem, Task
-from genrec_llm.trainer import (
-    MANIFEST,
-    GenRecTrainer,
-    describe_launch,
-    is_complete,
-    last_complete_checkpoint,
-    write_manifest,
-)
+from genrec_llm.trainer import GenRecTrainer
 
 USERS = 37
 """Not divisible by the evaluation batches used here."""
@@ -339,6 +334,7 @@ def lost_file(folder: Path) -> None:
     (folder / "scheduler.pt").unlink()
 
 
+LAUNCH = {"strategy": "NO", "world_size": 1}
 DAMAGES = [no_manifest, cut_manifest, cut_weights, changed_byte, lost_file]
 
 
@@ -369,7 +365,7 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_with_a_warning(
 def test_checkpoints_are_ordered_by_number_and_other_folders_are_none(tmp_path: Path) -> None:
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-old", "adapter"):
         (tmp_path / name).mkdir()
-        write_manifest(tmp_path / name)
+        write_manifest(tmp_path / name, LAUNCH)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_complete_checkpoint(tmp_path / "absent") is None
 
@@ -467,9 +463,9 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(trainer, monkeypatc
     run = Path(built.args.output_dir)
     before: list[str] = []
 
-    def stopped(folder: Path) -> None:
+    def stopped(folder: Path, launch: dict[str, Any]) -> None:
         before.extend(path.name for path in run.glob("checkpoint-*/manifest.json") if is_complete(path.parent))
-        write_manifest(folder)
+        write_manifest(folder, launch)
 
     monkeypatch.setattr("genrec_llm.trainer.write_manifest", stopped)
     built.train()
@@ -503,18 +499,18 @@ def test_the_launch_is_described_and_broken_promises_are_refused_together(
     trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = trainer(gradient_accumulation_steps=2)
-    facts = describe_launch(built)
+    facts = describe_launch(built.args, built.accelerator.state)
     assert facts == {
         "strategy": "NO", "world_size": 1, "device": "cpu", "precision": "fp32", "global_batch_size": 16,
         "accumulation": 2,
     }  # fmt: skip
     built.args._n_gpu = 2
     with pytest.raises(ConfigError, match=r"one process on 2 GPUs .* CUDA_VISIBLE_DEVICES=0"):
-        describe_launch(built)
+        describe_launch(built.args, built.accelerator.state)
     built.args._n_gpu = 0
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError) as caught:
-        describe_launch(built)
+        describe_launch(built.args, built.accelerator.state)
     assert len(caught.value.problems) == 2
     assert "4 processes were started" in str(caught.value) and "DeepSpeed was asked for" in str(caught.value)
