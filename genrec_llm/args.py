@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,19 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError(problems)
+
+
+def _refuse_stale_store() -> None:
+    """After a restart by the launcher, processes meet at the store of the attempt before, whose addresses are dead.
+
+    torch 2.13 makes a new store only for the c10d rendezvous, and only when it is told not to share it.
+    """
+    again, shared = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if again != "0" and shared == "True":
+        raise ConfigError(
+            "launch: this is a restart (--max_restarts) whose processes would hang over the addresses of those before: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --rdzv_backend c10d to accelerate launch"
+        )
 
 
 def _hub_problems(push_to_hub: bool, hub_model_id: str | None) -> list[str]:
@@ -225,6 +239,7 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         if self.hub_strategy not in ("end", HubStrategy.END):
             problems.append(f"hub_strategy: {self.hub_strategy!r} would share checkpoints: leave it at end")
         _raise(problems)
+        _refuse_stale_store()
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
         super().__post_init__()
         if self.global_batch_size < self.world_size * self.gradient_accumulation_steps:

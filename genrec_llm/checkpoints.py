@@ -62,8 +62,8 @@ def family(launch: Mapping[str, Any]) -> str:
     return "FSDP" if launch["strategy"] == "FSDP" else "whole copies (cpu, single_gpu, ddp)"
 
 
-def is_universal_needed(checkpoint: Path, launch: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed's partitions have to be joined first: another number of processes goes on.
+def needs_joining(checkpoint: Path, launch: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's partitions have to be joined first, because another number of processes goes on.
 
     Raises:
         ConfigError: this launch cannot go on from that checkpoint.
@@ -76,10 +76,12 @@ def is_universal_needed(checkpoint: Path, launch: Mapping[str, Any]) -> bool:
         )
     if theirs["world_size"] == launch["world_size"]:
         return False
-    if family(launch) == "FSDP":
+    if family(launch) in ("FSDP", "ZeRO-3"):
+        # DeepSpeed 0.19 reads a universal checkpoint under ZeRO-3 with the first group's learning rate for all groups
+        # (load_hp_checkpoint_state_from_checkpoint_dir_stage3), so rows and adapters would go on with one rate.
         raise ConfigError(
-            f"{checkpoint}: was written by {theirs['world_size']} processes under FSDP, now there are "
-            f"{launch['world_size']}, which this project does not support: {mend}"
+            f"{checkpoint}: was written by {theirs['world_size']} processes under {family(launch)}, now there are "
+            f"{launch['world_size']}; only ddp, zero1 and zero2 can change their number: {mend}"
         )
     return "zero_stage" in launch
 

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.errors import ConfigError
-from genrec_llm.processes import connect
+from genrec_llm.world import connect
 
 EXPLODED = 10.0
 """A loss of so many times that of a guess among all items, or of the first step if that is more, is no training any more."""
@@ -144,7 +144,7 @@ class SameWeights(TrainerCallback):
 class Losses(TrainerCallback):
     """Stops a training whose loss is no number or has exploded, before it is logged or saved.
 
-    Losses are looked at on their device as they come; the host asks only where a step is logged, validated, saved or the last.
+    Losses are looked at on their device as they come; the host asks where a step is logged, validated, saved or the last.
 
     Args:
         accelerator: of the trainer.

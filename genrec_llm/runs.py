@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.card import is_hub_name, stage_facts
-from genrec_llm.checkpoints import is_universal_needed, last_complete_checkpoint
+from genrec_llm.checkpoints import MANIFEST, last_complete_checkpoint, needs_joining
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError, counted
 from genrec_llm.evaluation import EvalData
@@ -51,12 +51,12 @@ from genrec_llm.model import (
     prompt_layout,
 )
 from genrec_llm.privacy import redacted
-from genrec_llm.processes import Watch, agree
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import SOURCES, load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.vocab import IdVocab
+from genrec_llm.world import Watch, agree
 
 logger = logging.getLogger(__name__)
 RUN_FILE, LOG_FILE = "run.json", "log_history.json"
@@ -378,15 +378,14 @@ class RunDirectory:
         if isinstance(built.model, PeftModel):
             self.facts["lora_targets"] = sorted(built.model.peft_config["default"].target_modules)
         resumed = last_complete_checkpoint(self.path)
-        if resumed:
-            is_universal_needed(Path(resumed), launch)
+        going_on = self._going_on(Path(resumed), launch) if resumed else ""
         before = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
         if trainer.is_world_process_zero():
             print(f"{self.stage}: " + ", ".join(f"{name} {value}" for name, value in launch.items()), flush=True)
             print(
                 f"{self.data.name}: {len(self.data.train)} users, {self.data.vocab.num_items} items, "
                 f"{len(trainer.task.lengths)} examples an epoch; {trainable} trainable parameters; "
-                f"item rows from {built.row_init}" + (f"; going on from {resumed}" if resumed else ""),
+                f"item rows from {built.row_init}{going_on}",
                 flush=True,
             )
             write_json(self.path / RUN_FILE, self.facts)
@@ -452,6 +451,17 @@ class RunDirectory:
                     private=bool(self.training.hub_private_repo),
                     token=self.training.hub_token,
                 )
+
+    def _going_on(self, checkpoint: Path, launch: dict[str, Any]) -> str:
+        """What is said about the checkpoint that training goes on from.
+
+        Raises:
+            ConfigError: this launch cannot go on from it.
+        """
+        needs_joining(checkpoint, launch)
+        before = read_json(checkpoint / MANIFEST)["launch"]["world_size"]
+        changed = f", written by a run of world size {before}: the same examples, other draws of dropout"
+        return f"; going on from {checkpoint}" + (changed if before != launch["world_size"] else "")
 
     def _best(self, trainer: GenRecTrainer) -> float | None:
         """What the best checkpoint is worth, after it was loaded.

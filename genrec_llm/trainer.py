@@ -21,9 +21,9 @@ from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import EpochDataLoader, GlobalBatches, as_tensors, train_loader
 from genrec_llm.checkpoints import (
     is_complete,
-    is_universal_needed,
     join_partitions,
     last_complete_checkpoint,
+    needs_joining,
     write_manifest,
 )
 from genrec_llm.decoding import mask_seen, rank_targets
@@ -33,8 +33,8 @@ from genrec_llm.files import writing
 from genrec_llm.guards import EarlyStopping, Losses, SameWeights, StopOnSignal
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
-from genrec_llm.processes import describe_launch, leave
 from genrec_llm.tasks import PromptLayout, Task
+from genrec_llm.world import describe_launch, leave
 
 
 class GenRecTrainer(Seq2SeqTrainer):
@@ -196,7 +196,7 @@ class GenRecTrainer(Seq2SeqTrainer):
     @contextmanager
     def _reading(self, checkpoint: str | None) -> Iterator[None]:
         """Have DeepSpeed read a checkpoint in its universal form where another number of processes wrote it."""
-        universal = checkpoint is not None and is_universal_needed(Path(checkpoint), self.launch)
+        universal = checkpoint is not None and needs_joining(Path(checkpoint), self.launch)
         if universal and self.is_world_process_zero():
             join_partitions(Path(str(checkpoint)))
         self.accelerator.wait_for_everyone()

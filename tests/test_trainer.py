@@ -24,11 +24,11 @@ from genrec_llm.errors import ConfigError, ExportError
 from genrec_llm.evaluation import EvalData, rank_recommender
 from genrec_llm.loading import Loaded
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
-from genrec_llm.processes import describe_launch
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import Data, build_model, load_data, load_run_data
 from genrec_llm.tasks import MaskedItem, NextItem, Task
 from genrec_llm.trainer import GenRecTrainer
+from genrec_llm.world import describe_launch
 
 USERS = 37
 """Not divisible by the evaluation batches used here."""
