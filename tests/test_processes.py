@@ -306,8 +306,12 @@ def test_a_launch_in_which_one_process_fails_ends_with_its_message(tmp_path: Pat
 # --- the real commands ------------------------------------------------------------------------------------------------
 
 
+OWN = {"command", "commit", "time", "hardware", "processes"}
+"""What a report tells of the command that made it."""
+
+
 def evaluation(run: Path, *arguments: str, processes: int) -> dict[str, bytes]:
-    """All files of an evaluation by the real command, but for what tells of the command itself."""
+    """All files of an evaluation by the real command, but for `OWN`."""
     shutil.rmtree(run / "evaluation", ignore_errors=True)
     words = ["--run", str(run), "--batch-size", "3", "--use_cpu", *arguments]
     alone = [sys.executable, "recipes/evaluate.py", *words]
@@ -316,7 +320,7 @@ def evaluation(run: Path, *arguments: str, processes: int) -> dict[str, bytes]:
     (name,) = [name for name in files if name.endswith("/report.json") and name.count("/") == 1]
     report = json.loads(files[name])
     assert report["processes"] == processes and output.count("written to") == 1
-    for fact in ("command", "time", "hardware", "processes"):
+    for fact in OWN:
         del report[fact]
     return files | {name: json.dumps(report).encode()}
 
@@ -332,9 +336,7 @@ def test_two_processes_write_the_report_of_one_and_open_the_test_split_once(tmp_
     assert shared.keys() == alone.keys()
     assert all(shared[name] == alone[name] for name in alone if name != "test_seen-kept/report.json")
     again = json.loads(shared["test_seen-kept/report.json"])
-    assert again == {name: report[name] for name in again} and report.keys() - again.keys() == {
-        "command", "time", "hardware", "processes",
-    }  # fmt: skip
+    assert again == {name: value for name, value in report.items() if name not in OWN}
     assert len(again["reports"]) == 5 and again["generate"]["users"] == 25
     openings = [json.loads(line) for line in (run / "test_openings.jsonl").read_text().splitlines()]
     assert [opening["processes"] for opening in openings] == [1, 2]
