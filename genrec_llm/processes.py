@@ -77,11 +77,21 @@ class Processes:
             raise GenRecError(told) from error
 
     def gather(self, value: Result) -> list[Result]:
-        """The values of all processes, in their order, in each of them."""
+        """The values of all processes, in their order, in each of them.
+
+        Raises:
+            GenRecError: another process was ended from outside.
+        """
         if self.count == 1:
             return [value]
         values: list[Result] = [value] * self.count
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:  # gloo's "Connection closed by peer"
+            raise GenRecError(
+                "launch: another process was ended from outside, perhaps for want of memory: start fewer, or take a smaller "
+                "--batch-size"
+            ) from error
         return values
 
     def map(

@@ -275,12 +275,15 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
 
 
 FAILING = """
+import os, signal, sys
 from genrec_llm.errors import DataError, exits_cleanly
 from genrec_llm.processes import launched
 
 def work(part):
-    if part == 1:
+    if part == 1 and sys.argv[1] == "raise":
         raise DataError("the second process has no data")
+    if part == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 @exits_cleanly
 def main():
@@ -290,17 +293,27 @@ main()
 """
 
 
-def test_a_launch_in_which_one_process_fails_ends_with_its_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "code", "message"),
+    [
+        ("raise", 2, "the second process has no data"),
+        ("kill", 137, "launch: another process was ended from outside, perhaps for want of memory"),
+    ],
+)
+def test_a_launch_in_which_one_process_fails_ends_with_one_message(
+    how: str, code: int, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     done = subprocess.run(
         [
             sys.executable, "-m", "genrec_llm.launch", "--config_file", "accelerate_configs/ddp.yaml",
-            "--main_process_port", "0", str(tmp_path / "failing.py"),
+            "--main_process_port", "0", str(tmp_path / "failing.py"), how,
         ],
         cwd=tiny.REPOSITORY, env=tiny.environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert [line for line in done.stderr.splitlines() if "rror" in line] == ["error: the second process has no data"]
+    assert done.returncode == code, done.stderr[-3000:]
+    (told,) = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert told.startswith(f"error: {message}")
 
 
 # --- the real commands ------------------------------------------------------------------------------------------------
