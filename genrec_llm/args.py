@@ -298,14 +298,18 @@ class EvaluateArguments:
     split: str = field(default="validation", metadata={"help": "validation or test; each opening of test is recorded."})
     keep_seen: bool = field(default=False, metadata={"help": "Let items of the history be recommended again."})
     data_dir: str | None = field(default=None, metadata={"help": "Where the data folder is now, when it has moved."})
-    batch_size: int = field(default=256, metadata={"help": "Users ranked at once."})
+    batch_size: int = field(default=256, metadata={"help": "Users whose scores are computed together."})
+    use_cpu: bool = field(default=False, metadata={"help": "Rank on the CPU, even where there are GPUs."})
     generate_users: int = field(
         default=0,
         metadata={"help": "Users whose top 20 is also asked of `generate`, a fixed sample; 0 asks for all."},
     )
 
     def __post_init__(self) -> None:
-        _raise(_one_of("split", self.split, ("validation", "test")))
+        problems = _one_of("split", self.split, ("validation", "test"))
+        if self.batch_size < 1:
+            problems.append(f"batch_size: {self.batch_size} is not at least 1")
+        _raise(problems)
 
 
 def parse_args(*classes: type[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from genrec_llm import __version__
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
-from genrec_llm.launch import did_you_mean, recipe_command, run, training_command
+from genrec_llm.launch import did_you_mean, recipe_command, run, several_gpus, training_command
 
 if TYPE_CHECKING:
     from genrec_llm.data import Interactions
@@ -143,18 +143,20 @@ def data_prepare(args: argparse.Namespace) -> None:
     print("Without network or a checkpoint, add: --backbone t5-micro --backbone-init random --tuning full")
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run a training recipe under `accelerate launch`, on this machine."""
+def launched(args: argparse.Namespace) -> None:
+    """Run a recipe under `accelerate launch`, on this machine."""
     if {"-h", "--help"} & {*args.rest}:
         args.parser.print_help()
         sys.exit(run(recipe_command(args.recipe, ["--help"])))
     misspelt = [word for word in args.rest if difflib.get_close_matches(word.split("=")[0], args.flags, cutoff=0.85)]
     if misspelt:  # else the recipe would refuse it, with the nearest of its own flags
         raise ConfigError([f"{word}: unknown flag{did_you_mean(word, args.flags)}" for word in misspelt])
+    if args.recipe == "evaluate" and not (args.strategy or args.processes or several_gpus(args.rest)):
+        one_process(args)
     sys.exit(run(training_command(args.recipe, args.rest, strategy=args.strategy, processes=args.processes)))
 
 
-def one_process(args: argparse.Namespace) -> None:
+def one_process(args: argparse.Namespace) -> NoReturn:
     """Run a recipe that needs no launcher."""
     sys.exit(run(recipe_command(args.recipe, args.rest)))
 
@@ -300,22 +302,16 @@ def _parser() -> argparse.ArgumentParser:
         ("pretrain", "stage 1: learn to fill in masked items"),
         ("finetune", "stage 2: learn the next item"),
     ):
-        stage = verbs.add_parser(name, add_help=False, help=does, description=f"{does.capitalize()}. {train.__doc__}")
-        stage.add_argument(
-            "--strategy",
-            help="a file of accelerate_configs/: cpu, single_gpu, ddp, zero2, ... "
-            "(default: cpu without a GPU, single_gpu with one, ddp with several)",
-        )
-        stage.add_argument(
-            "--processes", type=_positive, help="how many (default: one a GPU; ddp and zero on a CPU: two)"
-        )
-        stage.epilog = f"All other flags are those of recipes/{name}.py, such as --config, --dataset, --output-dir:"
-        _finish(stage, train, recipe=name)
-    for name, does in (
-        ("merge", "make a plain transformers checkpoint of a run"),
-        ("evaluate", "rank all users of a split, beside baselines"),
-    ):
-        _finish(verbs.add_parser(name, add_help=False, help=does), one_process, recipe=name)
+        _add_launched(
+            verbs, name, does, flags="--config, --dataset, --output-dir",
+            strategy="cpu, single_gpu, ddp, zero2, ... (default: cpu without a GPU, single_gpu with one, ddp with several)",
+        )  # fmt: skip
+    merging = verbs.add_parser("merge", add_help=False, help="make a plain transformers checkpoint of a run")
+    _finish(merging, one_process, recipe="merge")
+    _add_launched(
+        verbs, "evaluate", "rank all users of a split, beside baselines", flags="--run, --split",
+        strategy="ddp shares the users over several processes (default: ddp with several GPUs, else one process)",
+    )  # fmt: skip
 
     ask = verbs.add_parser("recommend", help="ask a trained model for items", description=recommend.__doc__)
     ask.add_argument("model", help="adapter/ or merged/ directory of a run, or org/name on the Hub")
@@ -367,6 +363,15 @@ def _finish(parser: argparse.ArgumentParser, verb: Callable[[argparse.Namespace]
     """Tie a verb's function to its parser, with the flags that a misspelt one may have meant."""
     flags = [flag for action in parser._actions for flag in action.option_strings]
     parser.set_defaults(verb=verb, parser=parser, flags=flags, **settings)
+
+
+def _add_launched(verbs: Any, name: str, does: str, *, flags: str, strategy: str) -> None:
+    """A verb that runs a recipe, on several processes where there are GPUs for them or the user says so."""
+    parser = verbs.add_parser(name, add_help=False, help=does, description=f"{does.capitalize()}. {launched.__doc__}")
+    parser.add_argument("--strategy", help=f"a file of accelerate_configs/: {strategy}")
+    parser.add_argument("--processes", type=_positive, help="how many (default: one a GPU; ddp and zero on a CPU: two)")
+    parser.epilog = f"All other flags are those of recipes/{name}.py, such as {flags}:"
+    _finish(parser, launched, recipe=name)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:

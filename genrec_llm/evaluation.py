@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from genrec_llm.baselines import SequenceRecommender
+from genrec_llm.baselines import ItemKNN, SequenceRecommender
 from genrec_llm.decoding import mask_seen, rank_targets, top_items
 from genrec_llm.errors import ConfigError
-from genrec_llm.files import atomic_file, read_json, write_json
+from genrec_llm.files import atomic_file, read_json, write_json, writing
 from genrec_llm.metrics import (
     Interval,
     PairedDifference,
@@ -32,11 +34,14 @@ from genrec_llm.metrics import (
     paired_difference,
     reciprocal_rank,
 )
+from genrec_llm.processes import ALONE, Processes
 
 CUTOFFS = (1, 5, 10, 20)
 LIST_CUTOFF = 10  # coverage and novelty look at this many items of a list
 WITHOUT_USERS = ", users unknown"
 """Ends the name of the report on a model that is asked as if it knew no user."""
+MOST_SCORES_AT_ONCE = 2**29
+"""Scores in memory, 2 GiB in fp32, up to which several batches are ranked at once on a CPU."""
 HEADLINE = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "MRR")
 
 
@@ -101,34 +106,81 @@ def rank_recommender(
     exclude_seen: bool,
     k: int = 20,
     batch_size: int = 512,
+    processes: Processes = ALONE,
 ) -> RankedUsers:
-    """Rank every user's target once against the whole catalogue.
+    """Rank every user's target once against the whole catalogue; every process gets all ranks and lists.
+
+    Scores are never held for more than a few batches. Which users are in a batch depends on the data and `batch_size`
+    alone, so that any number of processes gives what one gives, to the last digit.
 
     Args:
         exclude_seen: remove the items of `data.seen` first; a target among them then counts as never hit.
         k: length of the lists kept.
-        batch_size: users scored at a time; the ranks do not depend on it.
+        batch_size: users scored at a time; ranks depend on it only where rounding decides between two scores.
+        processes: that share the batches. They call `recommender.scores` from `processes.threads` threads.
 
     Raises:
         ValueError: the recommender's scores are not [users, items], or hold NaN.
     """
-    better, tied, top = [], [], []
-    for start in tqdm(range(0, len(data.targets), batch_size), desc=recommender.name, unit="batch", disable=None):
-        batch = slice(start, start + batch_size)
-        scores = torch.from_numpy(recommender.scores(data.histories[batch], data.users[batch]))
-        targets = torch.from_numpy(data.targets[batch])
-        if scores.shape != (len(targets), data.num_items) or scores.isnan().any():
+
+    def rank_batch(users: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        found = recommender.scores([data.histories[user] for user in users], data.users[users])
+        scores = torch.from_numpy(found).to(processes.device)
+        if scores.shape != (len(users), data.num_items) or scores.isnan().any():
             raise ValueError(
                 f"{recommender.name}: scores {tuple(scores.shape)} with {int(scores.isnan().sum())} NaN, "
-                f"needed ({len(targets)}, {data.num_items}) without"
+                f"needed ({len(users)}, {data.num_items}) without"
             )
         if exclude_seen:
-            scores = mask_seen(scores, data.seen[batch])
-        batch_better, batch_tied = rank_targets(scores, targets)
-        better.append(batch_better.numpy())
-        tied.append(batch_tied.numpy())
-        top.append(top_items(scores, k)[0].numpy())
-    return RankedUsers(Ranks(np.concatenate(better), np.concatenate(tied), data.num_items), np.concatenate(top))
+            scores = mask_seen(scores, [data.seen[user] for user in users])
+        better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
+        return better.cpu().numpy(), tied.cpu().numpy(), top_items(scores, k)[0].cpu().numpy()
+
+    batches = user_batches(data, np.arange(len(data.targets)), batch_size)
+    at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * data.num_items))
+    ranked = processes.map(rank_batch, batches, name=recommender.name, at_once=at_once)
+    places = np.argsort(np.concatenate(batches))
+    better, tied, top = (np.concatenate(parts)[places] for parts in zip(*ranked, strict=True))
+    return RankedUsers(Ranks(better, tied, data.num_items), top)
+
+
+def user_batches(data: EvalData, asked: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Places in `asked` (users of `data`) that are scored together, of like length, the longest histories first.
+
+    At most `batch_size` each. They follow from the data and `batch_size` alone.
+    """
+    shown = data.max_history or sys.maxsize
+    lengths = np.array([min(len(data.histories[user]), shown) for user in asked])
+    return np.array_split(np.argsort(-lengths, kind="stable"), -(-len(asked) // batch_size))
+
+
+@contextmanager
+def fitted_item_knn(
+    train: Sequence[NDArray[np.int64]], num_items: int, folder: Path, processes: Processes
+) -> Iterator[ItemKNN]:
+    """An item-kNN that the first process fits, in all of them; they share its memory, through a file, within the block.
+
+    Args:
+        train: item indices of each training user.
+        folder: an existing one that all processes see; the file is gone when the block ends.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
+    shared = folder / ".item-knn.tmp"
+    try:
+        with processes.step():
+            fitted = ItemKNN.fit([train[user] for user in range(len(train))], num_items) if processes.first else None
+            if fitted and processes.count > 1:
+                with writing(shared):
+                    shared.mkdir(exist_ok=True)
+                    fitted.save(shared)
+        with processes.step():
+            opened = fitted or ItemKNN.open(shared)
+        yield opened
+    finally:
+        if processes.first:
+            shutil.rmtree(shared, ignore_errors=True)
 
 
 @dataclass(frozen=True)

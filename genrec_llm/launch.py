@@ -1,7 +1,7 @@
 """Starting a recipe: where its file lies, the command, and the end of every process behind it.
 
-The training verbs run `python -m genrec_llm.launch`, which is `accelerate launch` but for its end: the exit code is the
-recipe's, and no traceback of the launcher stands under the recipe's own error.
+Verbs whose work several processes may share run `python -m genrec_llm.launch`, which is `accelerate launch` but for its
+end: the exit code is the recipe's, and no traceback of the launcher stands under the recipe's own error.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def training_command(
     recipe: str, arguments: Sequence[str], *, strategy: str | None = None, processes: int | None = None
 ) -> list[str]:
-    """`accelerate launch` of a training recipe, as a user would type it.
+    """`accelerate launch` of a recipe that several processes may share, as a user would type it.
 
     Args:
-        recipe: "pretrain" or "finetune".
+        recipe: "pretrain", "finetune" or "evaluate".
         arguments: of the recipe.
         strategy: a name of accelerate_configs/; by default cpu without a GPU, single_gpu with one, ddp with several
             (or for several `processes`).
@@ -60,11 +60,9 @@ def training_command(
     Raises:
         ConfigError: there is no such strategy, or it does not go with the number of processes or GPUs.
     """
-    import torch
     import yaml
 
-    on_cpu = "--use_cpu" in arguments or "--use-cpu" in arguments
-    gpus = 0 if on_cpu else torch.cuda.device_count()
+    on_cpu, gpus = _on_cpu(arguments), _gpus(arguments)
     if strategy is None:
         several = processes > 1 if processes else gpus > 1
         strategy = "ddp" if several else "single_gpu" if gpus else "cpu"
@@ -90,6 +88,21 @@ def training_command(
         options += ["--num_processes", count, "--main_process_port", free_port]
     device = [] if gpus or on_cpu else ["--use_cpu"]
     return ["accelerate", "launch", *options, shown(shipped(f"recipes/{recipe}.py")), *arguments, *device]
+
+
+def several_gpus(arguments: Sequence[str]) -> bool:
+    """Whether a recipe with these arguments finds more than one GPU."""
+    return _gpus(arguments) > 1
+
+
+def _on_cpu(arguments: Sequence[str]) -> bool:
+    return "--use_cpu" in arguments or "--use-cpu" in arguments
+
+
+def _gpus(arguments: Sequence[str]) -> int:
+    import torch
+
+    return 0 if _on_cpu(arguments) else torch.cuda.device_count()
 
 
 def recipe_command(recipe: str, arguments: Sequence[str]) -> list[str]:
@@ -149,7 +162,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _threads(command: Sequence[str]) -> dict[str, str]:
-    """The cores shared out where several processes train on a CPU; the launcher would give each of them one thread."""
+    """The cores shared out where several processes work on a CPU; the launcher would give each of them one thread."""
     if "--num_processes" not in command or "--use_cpu" not in command or "OMP_NUM_THREADS" in os.environ:
         return {}
     processes = int(command[command.index("--num_processes") + 1])

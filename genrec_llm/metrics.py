@@ -189,7 +189,8 @@ def bootstrap_intervals(
     generator = np.random.default_rng(seed)
     means = np.empty((resamples, len(columns)))
     for row in means:
-        row[:] = values @ np.bincount(generator.integers(users, size=users), minlength=users) / users
+        counts = np.bincount(generator.integers(users, size=users), minlength=users).astype(np.float64)
+        row[:] = np.einsum("mu,u->m", values, counts) / users  # `@` is summed in another order by more threads
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {
         name: Interval(float(column.mean()), float(low[i]), float(high[i]))
@@ -228,5 +229,5 @@ def paired_difference(
     as_large = 0
     for _ in range(resamples):
         signs = generator.integers(2, size=len(moved), dtype=np.int8) * 2 - 1
-        as_large += bool(abs(moved @ signs) >= observed)
+        as_large += bool(abs(np.einsum("u,u->", moved, signs)) >= observed)
     return PairedDifference(interval.mean, interval.low, interval.high, (1 + as_large) / (1 + resamples))

@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import NOTHING, generate_top_n, item_rows, mask_seen, one_step_scores, top_items
 from genrec_llm.errors import ConfigError, DataError, counted, listed
-from genrec_llm.evaluation import WITHOUT_USERS, EvalData
+from genrec_llm.evaluation import MOST_SCORES_AT_ONCE, WITHOUT_USERS, EvalData, user_batches
 from genrec_llm.hub import local_directory
 from genrec_llm.loading import (
     ADAPTER,
@@ -33,6 +32,7 @@ from genrec_llm.loading import (
     vocabulary_with_users,
 )
 from genrec_llm.model import Quantization, id_tokens_of
+from genrec_llm.processes import ALONE, Processes
 from genrec_llm.vocab import IdVocab
 
 Unknown = Literal["warn", "refuse"]
@@ -339,23 +339,36 @@ class Recommender:
         return self.score_tensor(histories, users).cpu().numpy()
 
     def generate_lists(
-        self, data: EvalData, asked: IntArray, *, k: int, exclude_seen: bool, batch_size: int = 256
+        self,
+        data: EvalData,
+        asked: IntArray,
+        *,
+        k: int,
+        exclude_seen: bool,
+        batch_size: int = 256,
+        processes: Processes = ALONE,
     ) -> tuple[IntArray, npt.NDArray[np.float32]]:
         """Top items of users `asked` by `generate`, and the one-step scores of those items; `[asked, k]` each.
 
-        Merged models only. -1 at -inf stands where fewer items are eligible.
+        Merged models only. -1 at -inf stands where fewer items are eligible. `processes` share the batches; each gets all
+        lists, and they are those of one process.
         """
-        lists, values = [], []
-        for start in tqdm(range(0, len(asked), batch_size), desc="generate", unit="batch", disable=None):
-            users = asked[start : start + batch_size]
+
+        def ask(places: IntArray) -> tuple[IntArray, npt.NDArray[np.float32]]:
+            users = asked[places]
             histories = [data.histories[user] for user in users]
             seen = [data.seen[user] for user in users] if exclude_seen else None
             batch = self._batch(histories, data.users[users])
             items, _ = generate_top_n(self.model, batch, self.layout, k, seen)
             scores = one_step_scores(self.model, batch, self.layout, self._rows).gather(1, items.clamp(min=0))
-            lists.append(items.cpu().numpy())
-            values.append(scores.masked_fill(items < 0, -torch.inf).cpu().numpy())
-        return np.concatenate(lists), np.concatenate(values)
+            return items.cpu().numpy(), scores.masked_fill(items < 0, -torch.inf).cpu().numpy()
+
+        batches = user_batches(data, asked, batch_size)
+        at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * k * self.model.config.vocab_size))
+        found = processes.map(ask, batches, name="generate", at_once=at_once)
+        order = np.argsort(np.concatenate(batches))
+        lists, values = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
+        return lists, values
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

@@ -195,6 +195,8 @@ def test_the_choices_of_merging_and_evaluating_are_checked() -> None:
         parse_args(MergeArguments, argv=["--run", "r", "--dtype", "float16"])
     with pytest.raises(ConfigError, match="split: 'train' is not one of validation, test"):
         parse_args(EvaluateArguments, argv=["--run", "r", "--split", "train"])
+    with pytest.raises(ConfigError, match="batch_size: 0 is not at least 1"):
+        parse_args(EvaluateArguments, argv=["--run", "r", "--batch-size", "0"])
 
 
 # --- training arguments -------------------------------------------------------

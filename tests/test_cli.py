@@ -20,6 +20,7 @@ import pytest
 import tiny
 
 from genrec_llm import cli, launch
+from genrec_llm.args import EvaluateArguments, parse_args
 from genrec_llm.ask import find_items
 from genrec_llm.data import leave_last_two_out
 from genrec_llm.errors import ConfigError, DataError
@@ -519,6 +520,37 @@ def test_strategies_that_the_machine_cannot_serve_are_refused(monkeypatch: pytes
             command(gpus=gpus, monkeypatch=monkeypatch, **options)  # type: ignore[arg-type]
     words = command("--use_cpu", gpus=2, monkeypatch=monkeypatch, processes=3)
     assert words.count("--use_cpu") == 1 and words[words.index("--num_processes") + 1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "launched"),
+    [
+        (0, [], None),
+        (1, [], None),
+        (4, [], "ddp"),
+        (4, ["--use_cpu"], None),
+        (4, ["--processes", "1"], "single_gpu"),
+        (0, ["--processes", "2"], "ddp"),
+        (2, ["--strategy", "ddp"], "ddp"),
+    ],
+)
+def test_an_evaluation_is_launched_where_several_gpus_can_share_it_or_on_request(
+    gpus: int, flags: list[str], launched: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(cli, "run", lambda words: ran.append(list(words)) or 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.chdir(tiny.REPOSITORY)
+    with pytest.raises(SystemExit):
+        genrec(monkeypatch, "evaluate", "--run", "runs/x", *flags)
+    (words,) = ran
+    place = words.index("recipes/evaluate.py")
+    assert words[place + 1 : place + 3] == ["--run", "runs/x"]
+    if launched is None:
+        assert words[:place] == ["python"]
+    else:
+        assert words[:4] == ["accelerate", "launch", "--config_file", f"accelerate_configs/{launched}.yaml"]
+        parse_args(EvaluateArguments, argv=words[place + 1 :])
 
 
 def test_the_files_of_a_launch_are_named_so_that_it_starts_from_anywhere(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -14,6 +15,7 @@ WINDOW = 50  # pairs further apart than this weigh less than 0.15 each and cost 
 DISTANCE_POWER = -0.5
 LAST_ITEMS = 20
 DECAY = 0.8
+_PARTS = ("data", "indices", "indptr")  # of scipy's compressed rows
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,17 @@ class ItemKNN:
             near += pairs(distance) * float(distance) ** DISTANCE_POWER
         scale = sparse.diags_array(1 / np.sqrt(np.maximum(np.bincount(items, minlength=num_items), 1)))
         return cls((scale @ (near + near.T + pairs(1)) @ scale).tocsr())
+
+    def save(self, folder: Path) -> None:
+        """Write the similarities into an existing folder, for `open`."""
+        for part in _PARTS:
+            np.save(folder / f"{part}.npy", getattr(self.similarity, part))
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read what `save` wrote where it lies: all processes of a machine that do so hold one copy in memory."""
+        data, indices, indptr = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in _PARTS)
+        return cls(sparse.csr_array((data, indices, indptr), shape=(len(indptr) - 1, len(indptr) - 1)))
 
     def scores(self, histories: Sequence[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
         last = [history[: -LAST_ITEMS - 1 : -1] for history in histories]  # newest first

@@ -19,6 +19,8 @@ class SequenceRecommender(Protocol):
     def scores(self, histories: Sequence[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores float32 [len(histories), items], higher is better, seen items included.
 
+        An evaluation may call it from several threads at once.
+
         Args:
             histories: item indices of each user, oldest first.
             users: user rows (0 for an unknown user), int64 [len(histories)].
