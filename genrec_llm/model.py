@@ -247,7 +247,8 @@ def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
 def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantise a backbone's linear layers; none without a `kind`.
 
-    The head stays as it is, and so do embeddings, norms and T5's `wo` layers, which transformers keeps in fp32.
+    "4bit" is nf4 with its block scales quantised too, as in QLoRA (Dettmers et al., 2023). The head stays as it is, and
+    so do embeddings, norms and T5's `wo` layers, which transformers leaves out.
 
     Args:
         dtype: of what is not quantised, and of the sums.
@@ -272,6 +273,7 @@ def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | to
         load_in_4bit=kind == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["lm_head"],
     )
     # bitsandbytes 0.50 logs each call of an 8-bit layer whose input is not fp16 (autograd/_functions.py).

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import EpochDataLoader, as_tensors, train_loader
@@ -117,11 +118,19 @@ class GenRecTrainer(Seq2SeqTrainer):
             else:
                 key = (self.args.learning_rate, self.args.weight_decay if name in decay else 0.0)
             groups.setdefault(key, []).append(parameter)
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        try:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except ImportError as error:
+            raise ConfigError(
+                f"optim: {optimizer_name(self.args)} needs a package that does not load here ({error}): for those of "
+                "bitsandbytes pip install 'genrec-llm[quant]', or leave optim out"
+            ) from error
         optimizer: torch.optim.Optimizer = optimizer_class(
             [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()],
             **settings,
         )
+        if settings.get("optim_bits") == 8:
+            keep_rows_in_32_bits(optimizer, rows)
         self.optimizer = optimizer
         return optimizer
 
@@ -263,6 +272,29 @@ class GenRecTrainer(Seq2SeqTrainer):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+
+def optimizer_name(args: GenRecTrainingArguments) -> str:
+    """The optimizer as `--optim` names it."""
+    return OptimizerNames(args.optim).value
+
+
+def keep_rows_in_32_bits(optimizer: torch.optim.Optimizer, rows: Collection[int]) -> None:
+    """Leave the state of id rows unquantised in an 8-bit optimizer of bitsandbytes, as the Trainer does for embeddings.
+
+    Most rows of a step have no gradient, so that a block of 256 values shares one scale between rows just seen and rows
+    long not seen.
+
+    Args:
+        rows: `id()` of the rows' parameters.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # Said of each one: the manager goes by id(), which a parameter of an earlier run may have had.
+            manager.override_config(parameter, "optim_bits", 32 if id(parameter) in rows else 8)
 
 
 def fp32_masters(model: nn.Module) -> dict[str, Tensor]:
