@@ -281,6 +281,27 @@ def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | to
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def ready_to_train(model: GenRecBackbone) -> None:
+    """Mend what goes wrong in layers of bitsandbytes 0.50 when a quantised backbone is trained, validated and saved."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # A validation on a CPU with AVX512-BF16 would repack the weights for a kernel that has no gradient, and leave
+            # them so: what lies below would learn nothing from then on (`Linear4bit.forward`, `matmul_4bit`).
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            module.register_state_dict_post_hook(_without_scales)
+
+
+def _without_scales(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Leave scales out of checkpoints: DeepSpeed leaves out the frozen weights, and 8-bit layers refuse scales alone."""
+    for name in [
+        name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in ("weight", "bias")
+    ]:
+        del state[name]
+
+
 def pinned_revision(name: str, revision: str | None) -> str | None:
     """The commit that a checkpoint on the Hub is at, since a branch may move on; of anything else `revision` as it is."""
     if Path(name).is_dir() or name in NAMED_SIZES:

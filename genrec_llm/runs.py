@@ -51,6 +51,7 @@ from genrec_llm.model import (
     pinned_revision,
     prompt_layout,
     quantized,
+    ready_to_train,
 )
 from genrec_llm.privacy import redacted
 from genrec_llm.rows import initial_rows
@@ -193,6 +194,7 @@ def _quantized_backbone(
     del whole
     with quantization_guard(kind, training.device):
         model, _ = load_backbone(args.backbone, revision=revision, dtype=dtype, dropout=args.dropout, **quantizing)
+    ready_to_train(model)
     return model, tokenizer, base_fingerprint
 
 
