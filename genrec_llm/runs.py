@@ -184,8 +184,8 @@ def _quantized_backbone(
     """
     if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise ConfigError(
-            f"quantization: ZeRO-3 and FSDP cannot share out {args.quantization} weights: launch with ddp or zero2, which "
-            "keep them whole on each GPU, or leave quantization out"
+            f"quantization: {args.quantization} weights are whole in each process, where ZeRO-3 and FSDP share weights "
+            "out: launch with ddp or zero2, or leave quantization out"
         )
     kind: Any = args.quantization
     quantizing = quantized(kind, dtype=dtype, device=training.device)

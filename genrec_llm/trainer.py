@@ -351,7 +351,8 @@ def describe_launch(trainer: GenRecTrainer) -> dict[str, Any]:
     """Strategy, processes, precision and global batch that the run really has.
 
     Raises:
-        ConfigError: the launcher promised several processes or DeepSpeed, and the Trainer got something else.
+        ConfigError: the launcher promised several processes or DeepSpeed, and the Trainer got something else; an
+            optimizer that does not go with the strategy.
     """
     args, state = trainer.args, trainer.accelerator.state
     facts = {
@@ -379,6 +380,11 @@ def describe_launch(trainer: GenRecTrainer) -> dict[str, Any]:
         problems.append(
             f"launch: the accelerate file says mixed_precision {state.mixed_precision}, the arguments say "
             f"{facts['precision']}: leave it out of the accelerate file and use --bf16"
+        )
+    if "zero_stage" in facts and "8bit" in optimizer_name(args):
+        problems.append(
+            f"optim: {optimizer_name(args)} under DeepSpeed, which makes one flat tensor of a group, would keep the state "
+            "of id rows in 8 bits: leave optim out (ZeRO shares the state out already), or launch with ddp"
         )
     if problems:
         raise ConfigError(problems)
