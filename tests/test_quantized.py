@@ -34,6 +34,8 @@ ITEMS = 100
 """Rows of 64 numbers each: more than the 4,096 numbers from which bitsandbytes quantises the state of a tensor."""
 RANK = 64
 """So that the adapters have 4,096 numbers."""
+TOLERANCE = 2e-5
+"""Largest difference of a trained value after ten steps in fp32: AdamW divides by small numbers."""
 OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 
 
@@ -144,10 +146,7 @@ def test_gradients_are_those_of_the_dequantised_weights_before_and_after_a_valid
     assert before.keys() == after.keys() == expected.keys()
     for name, wanted in expected.items():
         torch.testing.assert_close(after[name], before[name], atol=0, rtol=0)
-        if kind == "4bit":  # sums in another order
-            torch.testing.assert_close(before[name], wanted, atol=1e-5, rtol=1e-3)
-        else:  # what goes into an 8-bit layer is rounded to 8 bits as well
-            assert torch.cosine_similarity(before[name].flatten(), wanted.flatten(), dim=0) > 0.995, name
+        torch.testing.assert_close(before[name], wanted, atol=1e-5, rtol=1e-3)  # sums in another order
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -409,19 +408,15 @@ def launched(home: Path, out: Path, strategy: str, kind: str, *extra: str) -> st
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kind", "tolerance"),
+    ("strategy", "kind"),
     [
-        ("ddp", "4bit", 2e-5),  # as unquantised: AdamW divides by small numbers
-        pytest.param("zero2", "4bit", 2e-5, marks=pytest.mark.slow),
-        pytest.param(
-            "ddp", "8bit", 2e-2, marks=pytest.mark.slow
-        ),  # an input near a half is rounded to another eighth bit
-        pytest.param("zero2", "8bit", 2e-2, marks=pytest.mark.slow),
+        ("ddp", "4bit"),
+        pytest.param("zero2", "4bit", marks=pytest.mark.slow),
+        pytest.param("ddp", "8bit", marks=pytest.mark.slow),
+        pytest.param("zero2", "8bit", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_the_adapter_of_one(
-    home: Path, tmp_path: Path, strategy: str, kind: str, tolerance: float
-) -> None:
+def test_two_processes_train_the_adapter_of_one(home: Path, tmp_path: Path, strategy: str, kind: str) -> None:
     finetune(
         home, tmp_path / "one", "--max-steps", 10, "--lora-r", 4, "--dropout", 0, "--lora-dropout", 0, "--quantization",
         kind, "--eval-strategy", "steps", "--eval-steps", 5, "--save-strategy", "steps", "--save-steps", 5,
@@ -433,7 +428,7 @@ def test_two_processes_train_the_adapter_of_one(
         one, two = (load_file(tmp_path / run / "adapter" / name) for run in ("one", "two"))
         assert one.keys() == two.keys()
         for key in one:
-            torch.testing.assert_close(two[key], one[key], atol=tolerance, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(two[key], one[key], atol=TOLERANCE, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.slow
