@@ -192,6 +192,28 @@ def test_layers_of_a_mid_size_backbone_take_so_many_bits_a_weight(tmp_path: Path
     assert 8 * taken / weights == pytest.approx(bits, abs=2e-3)
 
 
+def test_the_documented_size_of_flan_t5_xl_follows_from_its_shape() -> None:
+    config = T5Config(
+        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GenRecUntiedT5(config)
+    whole = small = eight = 0.0
+    for name, value in model.named_parameters():
+        kept = value.dim() == 1 or any(
+            part in name for part in ("shared", "lm_head", "relative_attention_bias", ".wo.")
+        )
+        whole += 2 * value.numel()
+        small += value.numel() * (2 if kept else (4 + 8 / 64 + 32 / (64 * 256)) / 8)
+        eight += value.numel() * 2 if kept else value.numel() + 4 * len(value)
+    page = " ".join((tiny.REPOSITORY / "docs" / "ml_engineer.md").read_text().split())
+    assert (
+        f"{small / 1e9:.2f} GB in nf4 and {eight / 1e9:.2f} GB in 8 bits, where bf16 takes {whole / 1e9:.2f} GB" in page
+    )
+    assert "takes 4.13 bits in nf4 and 8.06 in 8 bits" in page
+
+
 # --- from training to a merged model ----------------------------------------------------------------------------------
 
 
