@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from genrec_llm.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("8bit", "4bit")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
@@ -109,6 +110,10 @@ class ModelArguments:
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     backbone_init: str = field(default="pretrained", metadata={"help": "pretrained, or random: fresh weights."})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "LoRA on a frozen backbone of 8bit or 4bit (nf4) linear layers, by bitsandbytes."},
+    )
     dropout: float | None = field(default=None, metadata={"help": "Replaces the backbone's dropout probability."})
     tuning: str = field(
         default="lora", metadata={"help": "lora, or full (a backbone trained from nothing needs full)."}
@@ -142,6 +147,13 @@ class ModelArguments:
             *_one_of("row_init", self.row_init, ("auto", "cooccurrence", "text", "random")),
             *_one_of("decoder_prompt", self.decoder_prompt, ("last-item", "mask")),
         ]
+        if self.quantization is not None:
+            problems += _one_of("quantization", self.quantization, QUANTIZATIONS)
+            if self.tuning == "full":
+                problems.append(
+                    "quantization: full tuning trains the weights that would be quantised: use --tuning lora on a "
+                    "checkpoint, or leave quantization out"
+                )
         if self.backbone_init == "random" and self.tuning == "lora":
             problems.append(
                 "tuning: adapters on a frozen backbone with random weights cannot be shared, since nobody else has that "

@@ -43,7 +43,8 @@ _FACTS = (
 _SETTINGS = {
     "data": ("users",),
     "model": (
-        "backbone_init", "tuning", "lora_r", "lora_alpha", "lora_dropout", "dropout", "tie_item_rows", "decoder_prompt",
+        "backbone_init", "tuning", "quantization", "lora_r", "lora_alpha", "lora_dropout", "dropout", "tie_item_rows",
+        "decoder_prompt",
     ),
     "training": (
         "seed", "learning_rate", "rows_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
@@ -55,6 +56,11 @@ _SETTINGS = {
 }  # fmt: skip
 """What leaves home of a run's arguments, by group; the last two are the training arguments of one stage alone."""
 
+_QUANTIZED = {
+    None: "",
+    "8bit": ", linear layers of the base in 8 bits (bitsandbytes)",
+    "4bit": ", linear layers of the base in nf4 (QLoRA, bitsandbytes)",
+}
 _EVALUATED = ("commit", "versions", "hardware", "time", "model", "reports", "differences", "generate")
 _SHOWN_METRICS = (*HEADLINE, "coverage@10", "novelty@10")
 
@@ -149,10 +155,33 @@ def stage_facts(run: Mapping[str, Any]) -> dict[str, Any]:
 def describe_measured(run: Path) -> dict[str, Any]:
     """Which model an evaluation of a run measures: the rows it was merged from, whose users it knows, how it is stored."""
     info = read_info(run / MERGED, MERGED)
-    return {
+    facts = {
         "rows_sha256": info["rows_sha256"],
         "user_rows": info["prompt"]["num_user_rows"],
         "weights": read_json(run / MERGED / "config.json")["dtype"],
+    }
+    quantised = quantized_training(info)
+    return facts | ({"trained_on": quantised} if quantised else {})
+
+
+def quantized_training(info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What training measured on a quantised base; None where it was not quantised, or that was not of the model kept.
+
+    Args:
+        info: genrec.json of an exported directory.
+
+    Returns:
+        `quantization`, `validation_ndcg@10`, and `validation_users`: how many were ranked, 0 for all.
+    """
+    settings = info["training"][-1]["settings"] if info.get("training") else {}
+    best = info["training"][-1]["best_validation"] if settings.get("quantization") else None
+    kept = settings.get("load_best_model_at_end") and settings.get("metric_for_best_model") == "ndcg@10"
+    if best is None or not kept:
+        return None
+    return {
+        "quantization": settings["quantization"],
+        "validation_ndcg@10": best,
+        "validation_users": settings["validation_users"],
     }
 
 
@@ -780,7 +809,7 @@ def _stage_rows(stage: Mapping[str, Any], *, first: bool) -> dict[str, str]:
         "weight decay": decays,
         "dropout": ", ".join(f"{name} {'as the base' if value is None else f'{value:g}'}" for name, value in dropouts),
         "label smoothing": f"{settings['label_smoothing_factor']:g}",
-        "precision": launch.get("precision", "not recorded"),
+        "precision": launch.get("precision", "not recorded") + _QUANTIZED[settings.get("quantization")],
         "launch": _launch_words(launch),
         "hardware": stage["hardware"],
         "time": _duration(stage["seconds"]),

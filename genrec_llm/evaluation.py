@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -394,6 +394,23 @@ def record_opening(path: str | os.PathLike[str], facts: dict[str, Any]) -> int:
         return sum(1 for _ in file)
 
 
+def _beside_training(model: Mapping[str, Any], ours: EvalReport) -> list[str]:
+    """One line: NDCG@10 on the quantised weights of training and on those merged; none where the two do not compare."""
+    trained_on = model.get("trained_on")
+    if trained_on is None or ours.protocol.split != "validation" or not ours.protocol.exclude_seen:
+        return []
+    before, after, users = (
+        trained_on["validation_ndcg@10"],
+        ours.metrics["NDCG@10"].mean,
+        trained_on["validation_users"],
+    )
+    sampled = f" for {users:,} sampled users" if 0 < users < ours.protocol.users else ""
+    return [
+        f"Validation NDCG@10 on the {trained_on['quantization']} weights of training{sampled} {before:.4f}, merged into "
+        f"{model['weights']} {after:.4f} ({after - before:+.4f})."
+    ]
+
+
 def write_summary(
     directory: str | os.PathLike[str],
     ours: EvalReport,
@@ -404,7 +421,8 @@ def write_summary(
     """Write `report.json`, `report.md` and one folder of ranks a recommender; returns the text of report.md.
 
     Args:
-        facts: what made the numbers: command, commit, hardware, versions.
+        facts: what made the numbers: command, commit, hardware, versions, and the model: with `trained_on` (see
+            `card.quantized_training`) the validation that training measured is shown beside this one.
 
     Raises:
         ConfigError: the reports were not made under the same protocol.
@@ -421,6 +439,7 @@ def write_summary(
         "",
         f"`generate` (beam search over items) for {generated.users:,} users: the one-step list in "
         f"{generated.agreement:.2%}; HR@10 {generated.hit_rate:.4f}, NDCG@10 {generated.ndcg:.4f} of its lists.",
+        *_beside_training(facts.get("model", {}), ours),
         "",
     ]
     text = "\n".join(lines)

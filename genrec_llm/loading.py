@@ -396,7 +396,7 @@ def load_trained(
         lora = _lora_config(folder, info)
         if quantization:
             del model
-            with _quantizing(quantization, device):
+            with quantization_guard(quantization, device):
                 model, _ = load_backbone(base_name, revision=revision, dtype=dtype, **quantizing)
     else:
         config = _config(folder, info)
@@ -468,7 +468,7 @@ def _lora_config(folder: Path, info: Mapping[str, Any]) -> LoraConfig:
 
 
 @contextmanager
-def _quantizing(kind: Quantization, device: str | torch.device) -> Iterator[None]:
+def quantization_guard(kind: Quantization, device: str | torch.device) -> Iterator[None]:
     """Turn what bitsandbytes or `transformers` raise where a device cannot do it into an error."""
     try:
         yield
@@ -487,7 +487,7 @@ def try_quantized(loaded: Loaded, kind: Quantization) -> None:
     """
     layout, model = loaded.layout, loaded.model
     ids = torch.tensor([[layout.eos_id]], device=model.device)
-    with _quantizing(kind, model.device), torch.inference_mode():
+    with quantization_guard(kind, model.device), torch.inference_mode():
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         encoded = inner.get_encoder()(input_ids=ids).last_hidden_state
         inner.get_decoder()(input_ids=ids, encoder_hidden_states=encoded, use_cache=False)
@@ -528,7 +528,7 @@ def load_merged(
     info, tokenizer, vocab, layout = open_directory(folder, MERGED)
     quantizing = quantized(quantization, dtype=dtype or torch.float32, device=device)
     config = _config(folder, info)
-    guard = _quantizing(quantization, device) if quantization else _readable(folder)
+    guard = quantization_guard(quantization, device) if quantization else _readable(folder)
     with _without_tie_warning(), guard:
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             folder,

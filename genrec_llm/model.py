@@ -247,7 +247,8 @@ def _load_config(name: str, revision: str | None) -> PreTrainedConfig:
 def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantise a backbone's linear layers; none without a `kind`.
 
-    The head stays as it is, and so do embeddings, norms and T5's `wo` layers, which transformers keeps in fp32.
+    "4bit" is nf4 with its block scales quantised too, as in QLoRA (Dettmers et al., 2023). The head stays as it is, and
+    so do embeddings, norms and T5's `wo` layers, which transformers leaves out.
 
     Args:
         dtype: of what is not quantised, and of the sums.
@@ -272,11 +273,33 @@ def quantized(kind: Quantization | None, *, dtype: torch.dtype, device: str | to
         load_in_4bit=kind == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["lm_head"],
     )
     # bitsandbytes 0.50 logs each call of an 8-bit layer whose input is not fp16 (autograd/_functions.py).
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def ready_to_train(model: GenRecBackbone) -> None:
+    """Mend what goes wrong in layers of bitsandbytes 0.50 when a quantised backbone is trained, validated and saved."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # A validation on a CPU with AVX512-BF16 would repack the weights for a kernel that has no gradient, and leave
+            # them so: what lies below would learn nothing from then on (`Linear4bit.forward`, `matmul_4bit`).
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            module.register_state_dict_post_hook(_without_scales)
+
+
+def _without_scales(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Leave scales out of checkpoints: DeepSpeed leaves out the frozen weights, and 8-bit layers refuse scales alone."""
+    for name in [
+        name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in ("weight", "bias")
+    ]:
+        del state[name]
 
 
 def pinned_revision(name: str, revision: str | None) -> str | None:

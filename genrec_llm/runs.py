@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -38,6 +40,7 @@ from genrec_llm.loading import (
     differences,
     fingerprint,
     open_directory,
+    quantization_guard,
     read_info,
     restore,
     trained_directory,
@@ -49,6 +52,8 @@ from genrec_llm.model import (
     load_backbone,
     pinned_revision,
     prompt_layout,
+    quantized,
+    ready_to_train,
 )
 from genrec_llm.privacy import redacted
 from genrec_llm.rows import initial_rows
@@ -60,7 +65,16 @@ from genrec_llm.world import Watch, agree
 
 logger = logging.getLogger(__name__)
 RUN_FILE, LOG_FILE = "run.json", "log_history.json"
-MODEL_SHAPE = ("backbone", "backbone_init", "tuning", "lora_r", "lora_alpha", "tie_item_rows", "decoder_prompt")
+MODEL_SHAPE = (
+    "backbone",
+    "backbone_init",
+    "tuning",
+    "quantization",
+    "lora_r",
+    "lora_alpha",
+    "tie_item_rows",
+    "decoder_prompt",
+)
 """Model arguments that two runs in one directory may never differ in."""
 COURSE = {
     "data": ("max_history",),
@@ -155,22 +169,46 @@ class Built:
     row_init: str
 
 
+def _quantized_backbone(
+    args: ModelArguments, training: GenRecTrainingArguments, revision: str | None, dtype: torch.dtype
+) -> tuple[GenRecBackbone, PreTrainedTokenizerBase, str]:
+    """A backbone quantised on this process's device, its tokenizer, and the fingerprint of the weights that it came from.
+
+    The fingerprint is what an adapter asks of its base, which others load unquantised. For the time that it takes, the
+    weights are in memory in bf16.
+
+    Raises:
+        ConfigError: the launch shares weights out, bitsandbytes is absent or cannot do it on this device.
+    """
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise ConfigError(
+            f"quantization: {args.quantization} weights are whole in each process, where ZeRO-3 and FSDP share weights "
+            "out: launch with ddp or zero2, or leave quantization out"
+        )
+    kind: Any = args.quantization
+    quantizing = quantized(kind, dtype=dtype, device=training.device)
+    whole, tokenizer = load_backbone(args.backbone, revision=revision, dtype=torch.bfloat16)
+    base_fingerprint = fingerprint(whole)
+    del whole
+    with quantization_guard(kind, training.device):
+        model, _ = load_backbone(args.backbone, revision=revision, dtype=dtype, dropout=args.dropout, **quantizing)
+    ready_to_train(model)
+    return model, tokenizer, base_fingerprint
+
+
 def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: Data) -> Built:
     """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned."""
     revision = pinned_revision(args.backbone, args.backbone_revision)
-    model, tokenizer = load_backbone(
-        args.backbone,
-        init=args.backbone_init,
-        revision=revision,
-        dtype=torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32,
-        dropout=args.dropout,
-    )
-    base = BaseModel(
-        name=args.backbone,
-        revision=revision,
-        type=model.config.model_type,
-        fingerprint=fingerprint(model) if args.tuning == "lora" else None,
-    )
+    dtype = torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32
+    base_fingerprint: str | None
+    if args.quantization:
+        model, tokenizer, base_fingerprint = _quantized_backbone(args, training, revision, dtype)
+    else:
+        model, tokenizer = load_backbone(
+            args.backbone, init=args.backbone_init, revision=revision, dtype=dtype, dropout=args.dropout
+        )
+        base_fingerprint = fingerprint(model) if args.tuning == "lora" else None
+    base = BaseModel(name=args.backbone, revision=revision, type=model.config.model_type, fingerprint=base_fingerprint)
     layout = prompt_layout(
         tokenizer,
         data.vocab,
@@ -194,7 +232,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         tie=args.tie_item_rows,
         seed=training.seed,
     )
-    model.add_id_tokens(rows, layout.base)
+    model.add_id_tokens(rows.to(model.device), layout.base)  # quantised layers are on their device already
     add_id_words(tokenizer, data.vocab)
     if args.tuning == "full":
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -363,7 +401,7 @@ class RunDirectory:
         if last_complete_checkpoint(self.path):
             kept += [(part, key) for part, keys in COURSE.items() for key in keys]
         for part, key in kept:
-            theirs, ours = there["arguments"][part][key], self.facts["arguments"][part][key]
+            theirs, ours = there["arguments"][part].get(key), self.facts["arguments"][part][key]
             if theirs != ours:
                 problems.append(f"{self.path}: was made with {key} {theirs}, now it is {ours}")
         if problems:
@@ -540,8 +578,11 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
         raise ConfigError(problems)
     restore(built.model, folder)
     if training.process_index == 0:
+        # On another quantization too: adapters fit one base within its rounding, and training takes that up.
+        quantization = info["training"][-1]["settings"].get("quantization") if info.get("training") else None
+        weights = f"trained on {quantization} weights, " if quantization else ""
         print(
-            f"finetune: weights and rows from {folder} ({info['stage']}, seed {info['seed']}, validation NDCG@10 "
+            f"finetune: weights and rows from {folder} ({info['stage']}, seed {info['seed']}, {weights}validation NDCG@10 "
             f"{info['metrics']['validation_ndcg@10']}); fresh optimizer, learning rate {training.learning_rate:g} "
             f"(rows {training.rows_rate:g})",
             flush=True,

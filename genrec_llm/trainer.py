@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import EpochDataLoader, GlobalBatches, as_tensors, train_loader
@@ -27,7 +28,7 @@ from genrec_llm.checkpoints import (
     write_manifest,
 )
 from genrec_llm.decoding import mask_seen, rank_targets
-from genrec_llm.errors import ExportError, listed
+from genrec_llm.errors import ConfigError, ExportError, listed
 from genrec_llm.evaluation import EvalData
 from genrec_llm.files import writing
 from genrec_llm.guards import EarlyStopping, Losses, SameWeights, StopOnSignal
@@ -107,11 +108,19 @@ class GenRecTrainer(Seq2SeqTrainer):
             else:
                 key = (self.args.learning_rate, self.args.weight_decay if name in decay else 0.0)
             groups.setdefault(key, []).append(parameter)
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        try:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except ImportError as error:
+            raise ConfigError(
+                f"optim: {OptimizerNames(self.args.optim).value} needs a package that does not load here ({error}): for "
+                "those of bitsandbytes pip install 'genrec-llm[quant]', or leave optim out"
+            ) from error
         optimizer: torch.optim.Optimizer = optimizer_class(
             [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()],
             **settings,
         )
+        if settings.get("optim_bits") == 8:
+            keep_rows_in_32_bits(optimizer, rows)
         self.optimizer = optimizer
         return optimizer
 
@@ -305,6 +314,24 @@ class GenRecTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         leave(code, at_once=self.args.world_size > 1 and self.args.device.type == "cpu")
+
+
+def keep_rows_in_32_bits(optimizer: torch.optim.Optimizer, rows: Collection[int]) -> None:
+    """Leave the state of id rows unquantised in an 8-bit optimizer of bitsandbytes, as the Trainer does for embeddings.
+
+    Most rows of a step have no gradient, so that a block of 256 values shares one scale between rows just seen and rows
+    long not seen.
+
+    Args:
+        rows: `id()` of the rows' parameters.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # Said of each one: the manager goes by id(), which a parameter of an earlier run may have had.
+            manager.override_config(parameter, "optim_bits", 32 if id(parameter) in rows else 8)
 
 
 def fp32_masters(model: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.errors import EXIT_CODE, ConfigError, listed
@@ -34,7 +35,8 @@ def describe_launch(args: GenRecTrainingArguments, state: AcceleratorState) -> d
     """Strategy, processes, precision and global batch that the run really has.
 
     Raises:
-        ConfigError: the launcher promised several processes, DeepSpeed or FSDP, and the Trainer got something else.
+        ConfigError: the launcher promised several processes, DeepSpeed or FSDP, and the Trainer got something else; an
+            optimizer that does not go with the strategy.
     """
     facts: dict[str, Any] = {
         "strategy": state.distributed_type.value,
@@ -83,6 +85,12 @@ def describe_launch(args: GenRecTrainingArguments, state: AcceleratorState) -> d
         problems.append(
             f"launch: the accelerate file says mixed_precision {state.mixed_precision}, the arguments say "
             f"{facts['precision']}: leave it out of the accelerate file and use --bf16"
+        )
+    optimizer = OptimizerNames(args.optim).value
+    if "zero_stage" in facts and "8bit" in optimizer:
+        problems.append(
+            f"optim: {optimizer} under DeepSpeed, which makes one flat tensor of a group, would keep the state of id rows in "
+            "8 bits: leave optim out (ZeRO shares the state out already), or launch with ddp"
         )
     if problems:
         raise ConfigError(problems)

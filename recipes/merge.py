@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from genrec_llm.args import MergeArguments, parse_args
-from genrec_llm.card import refresh_cards
+from genrec_llm.card import quantized_training, refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.export import merge
 from genrec_llm.hub import check_push, push_finished
@@ -36,6 +36,11 @@ def main() -> None:
         f"parity: largest score difference {parity['max_score_difference']:.2g}, "
         f"top-{parity['n']:.0f} agreement {parity['top_n_agreement']:.1%} on {parity['samples']:.0f} sample histories"
     )
+    if quantised := quantized_training(trained.info):
+        print(
+            f"trained on {quantised['quantization']} weights, where validation NDCG@10 was "
+            f"{quantised['validation_ndcg@10']:.4f}; on the merged ones: genrec evaluate --run {args.run}"
+        )
     if args.push_to_hub:
         push_finished(out, args.hub_model_id, **sharing)
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are killed, told to stop, stuck, or go on with other processes end as if nothing had happened."""
+"""Nothing is lost: runs that are killed, stopped, stuck, or go on with other processes end as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from genrec_llm.checkpoints import is_complete
 
 FILES = ("adapter_model.safetensors", "id_tokens.safetensors")
 OTHER_PROCESSES = 2e-5
-"""Largest difference of a trained value between numbers of processes: sums of gradients in another order, divided by AdamW."""
+"""Largest difference of a trained value between numbers of processes: gradients are summed in another order."""
 STEPS = 24
 
 
@@ -91,10 +92,8 @@ def environment_of(pid: int) -> dict[str, str]:
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the launcher and every training process, which torchrun puts in sessions of their own."""
     for pid in [*workers(process), process.pid]:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.communicate()
 
 

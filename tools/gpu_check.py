@@ -3,13 +3,15 @@
     python tools/gpu_check.py --data-dir ../shared/data --out docs/results/gpu.json
     python tools/gpu_check.py --shape small --steps 5 --data-dir ../shared/data --out /tmp/gpu.json   # on a CPU, to try it
 
-Now: both stages on a backbone of Flan-T5-XL's published shape with random bf16 weights, LoRA r=16, Amazon Beauty: peak
-memory, examples and tokens a second, losses. Needs torch, transformers, peft, accelerate, datasets; no network.
+Now: both stages on a backbone of Flan-T5-XL's published shape with random bf16 weights, LoRA r=16, Amazon Beauty, and
+finetuning once more on its weights in nf4 (QLoRA; left out without bitsandbytes): bytes of the frozen weights, peak
+memory, examples a second, losses. Needs torch, transformers, peft, accelerate, datasets; no network.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -19,8 +21,20 @@ import torch
 from transformers import T5Config, TrainerCallback, set_seed
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments
+from genrec_llm.errors import ConfigError
 from genrec_llm.files import write_json
-from genrec_llm.model import GenRecUntiedT5, add_id_words, add_lora, bare_tokenizer, prompt_layout
+from genrec_llm.model import (
+    GenRecBackbone,
+    GenRecUntiedT5,
+    Quantization,
+    add_id_words,
+    add_lora,
+    bare_tokenizer,
+    load_backbone,
+    prompt_layout,
+    quantized,
+    ready_to_train,
+)
 from genrec_llm.rows import initial_rows
 from genrec_llm.runs import Data, load_data, provenance
 from genrec_llm.tasks import MaskedItem, NextItem
@@ -48,10 +62,14 @@ class Clock(TrainerCallback):
         self.seconds = now - self.started
 
 
-def measure(stage: str, data: Data, shape: str, steps: int, batch: int) -> dict[str, Any]:
+def measure(
+    stage: str, data: Data, shape: str, steps: int, batch: int, quantization: Quantization | None = None
+) -> dict[str, Any]:
     """Train one stage for some steps."""
     set_seed(0)
     cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    quantizing = quantized(quantization, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory() as folder:
         training = GenRecTrainingArguments(
             output_dir=folder, max_steps=steps, global_batch_size=batch, bf16=cuda, learning_rate=3e-4,
@@ -59,14 +77,22 @@ def measure(stage: str, data: Data, shape: str, steps: int, batch: int) -> dict[
             logging_steps=max(1, steps // 5),
         )  # fmt: skip
         tokenizer = bare_tokenizer("t5")
-        with torch.device("cuda" if cuda else "cpu"):
+        with torch.device(device):
             config = T5Config(
                 **SHAPES[shape], vocab_size=32128, feed_forward_proj="gated-gelu", tie_word_embeddings=False
             )
-            model = GenRecUntiedT5._from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+            model: GenRecBackbone = GenRecUntiedT5._from_config(config, dtype=dtype)
+        parameters = model.num_parameters()
+        if quantizing:  # happens to a checkpoint while it is loaded
+            model.save_pretrained(f"{folder}/base")
+            tokenizer.save_pretrained(f"{folder}/base")
+            del model
+            gc.collect()
+            model, _ = load_backbone(f"{folder}/base", dtype=dtype, **quantizing)
+            ready_to_train(model)
         layout = prompt_layout(tokenizer, data.vocab, max_history=data.max_history)
         rows, _ = initial_rows(model, tokenizer, data.vocab, layout, data.train)
-        model.add_id_tokens(rows, layout.base)
+        model.add_id_tokens(rows.to(device), layout.base)
         add_id_words(tokenizer, data.vocab)
         adapted = add_lora(model, r=16, alpha=32, dropout=0.05, targets=None, base_name="random", revision=None)
         task = (MaskedItem if stage == "pretrain" else NextItem)(data.train, layout, seed=0)
@@ -78,11 +104,14 @@ def measure(stage: str, data: Data, shape: str, steps: int, batch: int) -> dict[
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     timed = steps - clock.warm_up
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return {
         "stage": stage,
+        "quantization": quantization,
         "shape": shape,
-        "parameters": sum(p.numel() for p in adapted.parameters()),
-        "trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "parameters": parameters + trainable,
+        "trainable": trainable,
+        "frozen_weights_mib": round(sum(p.nbytes for p in adapted.parameters() if not p.requires_grad) / 2**20, 2),
         "precision": "bf16" if cuda else "fp32",
         "global_batch_size": batch,
         "steps": steps,
@@ -103,6 +132,10 @@ def main() -> None:
     args = parser.parse_args()
     data = load_data(DataArguments(dataset="amazon-beauty", data_dir=args.data_dir))
     results = [measure(stage, data, args.shape, args.steps, args.batch) for stage in ("pretrain", "finetune")]
+    try:
+        results.append(measure("finetune", data, args.shape, args.steps, args.batch, quantization="4bit"))
+    except ConfigError as error:
+        print(f"left out: {error}")
     write_json(args.out, {**provenance(), "results": results})
     for result in results:
         print(result)
