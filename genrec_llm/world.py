@@ -89,8 +89,8 @@ def describe_launch(args: GenRecTrainingArguments, state: AcceleratorState) -> d
     optimizer = OptimizerNames(args.optim).value
     if "zero_stage" in facts and "8bit" in optimizer:
         problems.append(
-            f"optim: {optimizer} under DeepSpeed, which makes one flat tensor of a group, would keep the state of id rows in "
-            "8 bits: leave optim out (ZeRO shares the state out already), or launch with ddp"
+            f"optim: {optimizer} under DeepSpeed, which makes one flat tensor of a group, would keep the state of id rows "
+            "in 8 bits: leave optim out (ZeRO shares the state out already), or launch with ddp"
         )
     if problems:
         raise ConfigError(problems)
