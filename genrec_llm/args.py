@@ -190,6 +190,10 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         default=0.1,
         metadata={"help": "How often <user_unknown> stands in for a user, so that new users are served."},
     )
+    auto_batch_size: bool = field(
+        default=False,
+        metadata={"help": "Try before training, and double --gradient-accumulation-steps until a micro-batch fits."},
+    )
     validation_users: int = field(
         default=0, metadata={"help": "Users ranked while training, a fixed sample; 0 ranks all."}
     )
@@ -247,6 +251,11 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
             problems.append(
                 "average_tokens_across_devices: the loss is a mean over the targets of the whole global batch: leave it true"
             )
+        if self.auto_batch_size and self.deepspeed:
+            problems.append(
+                "auto_batch_size: --deepspeed fixes the accumulation when it is read: launch with a file of "
+                "accelerate_configs/"
+            )
         problems += _hub_problems(self.push_to_hub, self.hub_model_id)
         if self.hub_strategy not in ("end", HubStrategy.END):
             problems.append(f"hub_strategy: {self.hub_strategy!r} would share checkpoints: leave it at end")
@@ -259,10 +268,13 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
                 f"global_batch_size: {self.global_batch_size} examples cannot be shared by {self.world_size} processes x "
                 f"{self.gradient_accumulation_steps} accumulation steps"
             )
+        self.accumulate(self.gradient_accumulation_steps)
+
+    def accumulate(self, steps: int) -> None:
+        """Share the global batch out over so many accumulation steps."""
+        self.gradient_accumulation_steps = steps
         # What DeepSpeed and the Trainer's log are told; the sharing itself goes by global_batch_size alone.
-        self.per_device_train_batch_size = -(
-            -self.global_batch_size // (self.world_size * self.gradient_accumulation_steps)
-        )
+        self.per_device_train_batch_size = -(-self.global_batch_size // (self.world_size * steps))
 
     @property
     def rows_rate(self) -> float:

@@ -19,6 +19,9 @@ class GenRecError(Exception):
         problems: one problem or several; each names the place (file, row, column, key) and the mend.
     """
 
+    alone = False
+    """Met by one process of several: it is printed by whichever that is."""
+
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
@@ -39,7 +42,7 @@ class ExportError(GenRecError):
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
     """Turn a `GenRecError` that leaves a program's `main` into its text on stderr and exit code 2.
 
-    Under a launcher every rank meets the same error: only the first of a host prints it.
+    Under a launcher every rank meets the same error, but for those it meets `alone`: the first of a host prints it.
     """
 
     @functools.wraps(main)
@@ -47,7 +50,7 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except GenRecError as error:
-            if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
+            if error.alone or os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
                 sys.stdout.flush()
                 for problem in error.problems:
                     print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from genrec_llm.loading import (
     restore,
     trained_directory,
 )
+from genrec_llm.memory import Estimate, estimate_run
 from genrec_llm.model import (
     GenRecBackbone,
     add_id_words,
@@ -54,7 +56,9 @@ from genrec_llm.model import (
     prompt_layout,
     quantized,
     ready_to_train,
+    unwrapped,
 )
+from genrec_llm.out_of_memory import explained
 from genrec_llm.privacy import redacted
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import SOURCES, load_interactions
@@ -435,7 +439,8 @@ class RunDirectory:
             state = read_json(Path(resumed) / TRAINER_STATE_NAME)
             if validations_without_better(state["log_history"], self.training) >= self.training.early_stopping_patience:
                 self.training.max_steps = state["global_step"]  # it had stopped: no step is left
-        with Watch(self.training) as watch:
+        figures = partial(self._estimate, trainer, built)
+        with Watch(self.training) as watch, explained(figures, self.training.process_index):
             trainer.add_callback(watch)
             trainer.train(resume_from_checkpoint=resumed)
             best = self._best(trainer)
@@ -489,6 +494,27 @@ class RunDirectory:
                     private=bool(self.training.hub_private_repo),
                     token=self.training.hub_token,
                 )
+
+    def _estimate(self, trainer: GenRecTrainer, built: Built) -> Estimate:
+        """What this run takes of memory, by the architecture of its model."""
+        launch, lengths = trainer.launch, trainer.task.lengths
+        strategy = f"zero{launch['zero_stage']}" if "zero_stage" in launch else launch["strategy"].lower()
+        named = {"no": "single_gpu" if torch.cuda.is_available() else "cpu", "fsdp": "fsdp2", "zero0": "ddp"}
+        named |= {"multi_gpu": "ddp", "multi_cpu": "ddp", "zero3": "zero3_offload" if "offload" in launch else "zero3"}
+        around = 3  # user, mask and end
+        return estimate_run(
+            unwrapped(built.model).config.to_dict(),
+            self.model_args,
+            self.training,
+            items=self.data.vocab.num_items,
+            user_rows=self.data.vocab.num_user_rows,
+            longest=int(lengths.max()) + around,
+            mean_length=float(lengths.mean()) + around,
+            strategy=named.get(strategy, strategy),
+            processes=self.training.world_size,
+            targets=self.training.masks_per_sequence if self.stage == "pretrain" else 1,
+            quantization=self.model_args.quantization,  # type: ignore[arg-type]  # its __post_init__ checks it
+        )
 
     def _going_on(self, checkpoint: Path, launch: dict[str, Any]) -> str:
         """What is said about the checkpoint that training goes on from.

@@ -29,11 +29,12 @@ from genrec_llm.checkpoints import (
 )
 from genrec_llm.decoding import mask_seen, rank_targets
 from genrec_llm.errors import ConfigError, ExportError, listed
-from genrec_llm.evaluation import EvalData
+from genrec_llm.evaluation import EvalData, user_batches
 from genrec_llm.files import writing
 from genrec_llm.guards import EarlyStopping, Losses, SameWeights, StopOnSignal
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
+from genrec_llm.out_of_memory import fitting_accumulation
 from genrec_llm.tasks import PromptLayout, Task
 from genrec_llm.world import describe_launch, leave
 
@@ -67,6 +68,8 @@ class GenRecTrainer(Seq2SeqTrainer):
     ) -> None:
         self.task, self.layout = task, layout
         self.masters: dict[str, Tensor] = {}
+        if args.auto_batch_size:
+            args.accumulate(fitting_accumulation(model, task, args))
         super().__init__(model=model, args=args, eval_dataset=validation)
         self.launch = describe_launch(args, self.accelerator.state)
         self.stop = StopOnSignal()
@@ -160,30 +163,30 @@ class GenRecTrainer(Seq2SeqTrainer):
         return metrics
 
     def rank(self, data: EvalData, *, exclude_seen: bool = True) -> Ranks:
-        """Ranks of the targets by the one-step path; every process gets all of them, in the order of `data`."""
+        """Ranks of the targets by the one-step path; every process gets all of them, in the order of `data`.
+
+        The batches follow from the data and their size alone, so that ranks do not depend on the number of processes.
+        """
         model = self._wrap_model(self.model_wrapped, training=False)
         if not self.is_in_train and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         world, me = self.args.world_size, self.args.process_index
-        order = np.argsort([len(history) for history in data.histories], kind="stable")
-        mine = np.resize(
-            order[me::world], -(-len(order) // world)
-        )  # equally many on every process; repeats are dropped
-        found = torch.empty(len(mine), 3, dtype=torch.long)
-        for start in range(0, len(mine), self.args.per_device_eval_batch_size):
-            users = mine[start : start + self.args.per_device_eval_batch_size]
+        batches = user_batches(data, np.arange(len(data.targets)), self.args.per_device_eval_batch_size)
+        counts = torch.zeros(2, len(data.targets), dtype=torch.long)
+        for first in range(0, len(batches), world):
+            # Under ZeRO-3 every process takes part in every forward: those without a batch left repeat one, uncounted.
+            users = batches[(first + me) % len(batches)]
             batch = self.layout.encode_histories([data.histories[user] for user in users], data.users[users])
             with torch.no_grad():
                 scores = model(**self._prepare_inputs(as_tensors(batch))).logits
             if exclude_seen:
                 scores = mask_seen(scores, [data.seen[user] for user in users])
             better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
-            found[start : start + len(users)] = torch.stack([torch.from_numpy(users), better.cpu(), tied.cpu()], dim=1)
-        gathered = self.accelerator.gather(found.to(self.args.device)).cpu().numpy()
-        counts = np.zeros((2, len(order)), dtype=np.int64)
-        counts[:, gathered[:, 0]] = gathered[:, 1:].T
-        return Ranks(better=counts[0], tied=counts[1], candidates=data.num_items)
+            if first + me < len(batches):
+                counts[:, torch.from_numpy(users)] = torch.stack([better, tied]).cpu()
+        whole = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu().numpy()
+        return Ranks(better=whole[0], tied=whole[1], candidates=data.num_items)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -168,26 +168,29 @@ def test_a_stuck_process_is_named_and_ends_the_run(ground: Path, tmp_path: Path)
     ]
 
 
-def test_a_killed_process_is_started_anew_by_the_launcher_and_resumes(ground: Path, tmp_path: Path) -> None:
-    tiny.run(command(ground, "ddp", tmp_path / "whole"))
-    line = command(ground, "ddp", tmp_path / "run")
-    line[line.index("--config_file") : line.index("--config_file")] = ["--max_restarts", "1", "--rdzv_backend", "c10d"]
-    process = started(line, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    while not list((tmp_path / "run").glob("checkpoint-*/manifest.json")):
+def restarted(ground: Path, run: Path, *options: str, **environment: str) -> tuple[int, str]:
+    """A run whose second process is killed after its first checkpoint, under a launcher that may restart once."""
+    line = command(ground, "ddp", run)
+    place = line.index("--config_file")
+    process = started([*line[:place], "--max_restarts", "1", *options, *line[place:]], **environment)
+    while not list(run.glob("checkpoint-*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(workers(process)[1], signal.SIGKILL)
-    code, output = end_of(process, timeout=300)
+    return end_of(process, timeout=300)
+
+
+def test_a_killed_process_is_started_anew_by_the_launcher_and_resumes(ground: Path, tmp_path: Path) -> None:
+    tiny.run(command(ground, "ddp", tmp_path / "whole"))
+    code, output = restarted(ground, tmp_path / "run", "--rdzv_backend", "c10d", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert code == 0 and "going on from" in output, output[-3000:]
     assert difference(tmp_path / "run", tmp_path / "whole") == 0.0
 
 
+@pytest.mark.slow
 def test_a_restart_that_would_meet_the_store_of_the_first_attempt_is_refused(ground: Path, tmp_path: Path) -> None:
     """Gloo and NCCL would read the addresses of processes that are gone, and hang."""
-    process = started(
-        command(ground, "ddp", tmp_path / "run"), TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_USE_AGENT_STORE="True"
-    )
-    code, output = end_of(process)
+    code, output = restarted(ground, tmp_path / "run")
     assert code != 0 and output.count("error: launch: this is a restart") == 1, output[-3000:]
 
 

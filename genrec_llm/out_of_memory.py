@@ -1,0 +1,141 @@
+"""Out of memory: the largest micro-batch that fits, found before training, and an error that says what helps."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from genrec_llm.args import GenRecTrainingArguments
+from genrec_llm.batching import as_tensors
+from genrec_llm.errors import ConfigError
+from genrec_llm.memory import Estimate, estimate
+from genrec_llm.tasks import Task
+
+ADAM_BYTES = 8
+"""Two moments in fp32 for a trained number."""
+STRONGER = {"ddp": ("zero2", "zero3"), "zero1": ("zero2", "zero3"), "zero2": ("zero3",)}
+"""Strategies that share out more."""
+
+
+class OutOfMemory(ConfigError):
+    """One process alone had no memory left; the others did not see it."""
+
+    alone = True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of a GPU or of the machine was refused."""
+    refused = "can't allocate memory" in str(error)  # torch's allocator of main memory raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and refused)
+
+
+def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArguments) -> int:
+    """Fewest accumulation steps, doubling those of `args`, with which the heaviest micro-batch fits. A collective.
+
+    Tried on the longest examples that there are, forward and backward, with Adam's memory set aside. The global batch stays
+    what it is, so that the number found changes no result but the sums' last digits.
+
+    Raises:
+        ConfigError: not even one example fits, or the weights are shared out (ZeRO-3, FSDP), where nothing can be tried
+            before the first step.
+    """
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ConfigError(
+            "auto_batch_size: under ZeRO-3 and FSDP no process holds the weights to try with: leave it out, and ask `genrec "
+            "estimate` which --gradient-accumulation-steps fits"
+        )
+    model.to(args.device)
+    longest = np.argsort(-task.lengths, kind="stable")
+    most = args.global_batch_size // args.world_size
+    accumulation = min(args.gradient_accumulation_steps, most)
+    while True:
+        size = -(-args.global_batch_size // (args.world_size * accumulation))
+        if all(gather_object([_fits(model, task, longest[:size], args)])):
+            return accumulation
+        if accumulation == most:
+            raise ConfigError(
+                f"auto_batch_size: not even {size} example of {int(task.lengths.max())} items a process fits into memory: "
+                "take a smaller backbone, --quantization 4bit, a smaller --max-history, or ZeRO-3 on several GPUs"
+            )
+        accumulation = min(2 * accumulation, most)
+
+
+def _fits(model: nn.Module, task: Task, examples: np.ndarray, args: GenRecTrainingArguments) -> bool:
+    """Whether a forward and a backward of these examples find the memory they need. No draw of dropout is used up."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    devices = [args.device] if args.device.type == "cuda" else []
+    fits = True
+    with torch.random.fork_rng(devices):
+        try:
+            aside = torch.empty(ADAM_BYTES * trained, dtype=torch.uint8, device=args.device)
+            batch = {name: value.to(args.device) for name, value in as_tensors(task.batch(0, examples)).items()}
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = model.train()(**batch).loss
+            loss.backward()
+            del aside, batch, loss
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if devices:
+        torch.cuda.empty_cache()
+    return fits
+
+
+@contextmanager
+def explained(figures: Callable[[], Estimate], rank: int) -> Iterator[None]:
+    """Turn an out-of-memory error in the block into one with numbers and the switch that helps.
+
+    Args:
+        figures: the estimate of the run; asked for only then.
+        rank: of this process.
+
+    Raises:
+        OutOfMemory: in the process that it happened in.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise OutOfMemory(
+            f"process {rank} on {socket.gethostname()}: out of memory ({first}). {describe(figures())}"
+        ) from error
+
+
+def describe(found: Estimate) -> str:
+    """What a run takes by estimate, and what it would take with each switch that helps, the gentlest first."""
+    run, gib = found.run, 2.0**30
+
+    def with_switch(name: str, **changes: object) -> str:
+        return f"{name} {estimate(found.shape, replace(run, **changes)).total / gib:.1f}"  # type: ignore[arg-type]
+
+    parts = ", ".join(f"{name} {size / gib:.1f}" for name, size in found.parts.items() if size >= 0.05 * gib)
+    halved = -(-run.examples // 2)
+    helps = []
+    if halved < run.examples:
+        doubled = 2 * run.accumulation
+        helps.append(with_switch(f"--gradient-accumulation-steps {doubled}", examples=halved, accumulation=doubled))
+    if run.tuning == "lora" and run.quantization is None and run.strategy not in ("zero3", "zero3_offload", "fsdp2"):
+        helps.append(with_switch("--quantization 4bit", quantization="4bit"))
+    if run.processes > 1:
+        stronger = STRONGER.get(run.strategy, ())
+        helps += [with_switch(f"accelerate_configs/{strategy}.yaml", strategy=strategy) for strategy in stronger]
+    return (
+        f"By estimate the step takes {found.total / gib:.1f} GiB a device ({parts or 'all of it small'}); it would take, in "
+        f"GiB: {'; '.join(helps) or 'no less by a switch'}. --auto-batch-size finds the accumulation that fits; validation "
+        "has --per-device-eval-batch-size"
+    )
