@@ -9,7 +9,7 @@ they are from measured runs. Needs neither torch nor transformers, and takes mic
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,8 @@ GIB = 2**30
 FP32, BF16 = 4, 2
 USABLE = 0.92
 """Share of a GPU's memory that a run can fill; the rest goes to the CUDA context, NCCL, workspaces and fragments."""
+ZERO3_LIVE = 1_000_000_000
+"""Elements that ZeRO-3 keeps gathered: stage3_max_live_parameters and stage3_max_reuse_distance of DeepSpeed 0.19."""
 PADDING = 1.05
 """Tokens computed for each token that counts, with batches of like lengths."""
 PARTS = ("weights", "id rows", "LoRA", "optimizer state", "gradients", "activations", "logits", "buffers", "temporary")
@@ -187,7 +189,9 @@ class Shape:
     @property
     def linear_parameters(self) -> int:
         """Matrix elements of all blocks: what a quantised backbone holds in few bits."""
-        return sum(width_in * width_out * self.occurrences(name) for name, (width_in, width_out) in self.linears.items())
+        return sum(
+            width_in * width_out * self.occurrences(name) for name, (width_in, width_out) in self.linears.items()
+        )
 
     @property
     def other_parameters(self) -> int:
@@ -267,7 +271,9 @@ class Run:
             if getattr(self, name) < 1
         ]
         if not 1 <= self.mean_length <= self.longest:
-            problems.append(f"mean length: {self.mean_length:g} tokens is not between 1 and the longest, {self.longest}")
+            problems.append(
+                f"mean length: {self.mean_length:g} tokens is not between 1 and the longest, {self.longest}"
+            )
         if self.strategy not in STRATEGIES:
             problems.append(f"strategy: {self.strategy!r} is none of {', '.join(STRATEGIES)}")
         if self.strategy in ONE_DEVICE and self.processes > 1:
@@ -463,7 +469,9 @@ def activations(shape: Shape, run: Run, tokens: int, rows: int) -> Activations:
     decoder = shape.decoder_layers * decoder_layer + asked * (ends + 18) + seen * inputs
     # Going back through a layer: the gradient of its output and of its two widest tensors, before those are released.
     wide = 2 * act * ff + 3 * residual * d
-    encoder_temporary = max(read * wide, read * 3 * residual * d + 2 * FP32 * scores_kept * shape.heads * read * tokens - feed * read)
+    encoder_temporary = max(
+        read * wide, read * 3 * residual * d + 2 * FP32 * scores_kept * shape.heads * read * tokens - feed * read
+    )
     decoder_temporary = asked * wide + seen * (act * inner + 2 * residual * d)
     cached = BF16 * (shape.linear_parameters if full else lora_parameters(shape, run)) if run.bf16 else 0
     return Activations(encoder, decoder, encoder_temporary, decoder_temporary, cached)
@@ -476,7 +484,7 @@ def _frozen_bytes(shape: Shape, run: Run) -> float:
     """Of the backbone's weights that are not trained, on one device that holds them all."""
     if run.tuning == "full":
         return (BF16 if run.deepspeed and run.bf16 else FP32) * shape.head_parameters
-    plain = BF16 if run.bf16 else FP32
+    plain = _width(run)
     linear = float(plain * shape.linear_parameters)
     if run.quantization:
         in_fp32 = 0
@@ -494,10 +502,15 @@ def _trained_size(run: Run) -> int:
     return BF16 if run.deepspeed and run.bf16 else FP32
 
 
+def _width(run: Run) -> int:
+    """Bytes of a weight that is held in the precision computed in."""
+    return BF16 if run.bf16 else FP32
+
+
 def _block_bytes(shape: Shape, run: Run) -> float:
     """Weights of the largest block, a decoder layer, as FSDP gathers it."""
     matrices = 8 * shape.d_model * shape.inner + shape.feed_forward
-    return (BF16 if run.bf16 else FP32) * matrices
+    return _width(run) * matrices
 
 
 def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
@@ -532,9 +545,9 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     elif run.strategy in ("zero1", "zero2"):
         static["buffers"] = float(bucket)
     elif run.strategy in ("zero3", "zero3_offload"):
-        static["buffers"] = bucket + min(everything, 1e9 * size)  # stage3_max_live_parameters
+        static["buffers"] = bucket + min(everything, ZERO3_LIVE * size)
     elif run.strategy == "fsdp2":
-        root = (BF16 if run.bf16 else FP32) * (shape.embedding_parameters + shape.head_parameters + rows)
+        root = _width(run) * (shape.embedding_parameters + shape.head_parameters + rows)
         static["buffers"] = root + 2 * _block_bytes(shape, run)
 
     logits = FP32 * run.examples * run.targets * run.items
@@ -596,7 +609,8 @@ def traffic(shape: Shape, run: Run) -> Traffic:
 
     DDP reduces all gradients in fp32, once a step. DeepSpeed's ZeRO-1 and -2 all-reduce them too (each process then
     keeps its part) and gather the updated weights; ZeRO-2 reduces in each micro-batch. ZeRO-3 gathers all weights that
-    compute for the forward and for the backward pass, FSDP2 those of the blocks twice and the rest once.
+    compute, once where they are few enough to stay (`ZERO3_LIVE`), else again for the backward pass, which is then an upper
+    bound; FSDP2 gathers the blocks twice and the rest once.
     """
     if run.processes == 1:
         return Traffic()
@@ -606,20 +620,25 @@ def traffic(shape: Shape, run: Run) -> Traffic:
     if run.strategy in ("zero1", "zero2"):
         times = run.accumulation if run.strategy == "zero2" else 1
         return Traffic(all_reduce=size * trained * times, all_gather=size * trained)
-    used = replace(shape, own_head=False)  # a head that no score passes through is never gathered
-    backbone = size * used.parameters if run.tuning == "full" else _frozen_bytes(used, run)
-    adapters_and_rows = size * (lora_parameters(shape, run) + row_parameters(shape, run))
-    if run.strategy == "fsdp2":
-        width = BF16 if run.bf16 else FP32
-        root = width * (shape.embedding_parameters + shape.head_parameters + row_parameters(shape, run))
-        blocks = width * (shape.linear_parameters + shape.other_parameters + lora_parameters(shape, run))
+    rows, lora = row_parameters(shape, run), lora_parameters(shape, run)
+    positions = 2 * shape.positions * shape.d_model
+    if run.strategy == "fsdp2":  # the root's weights stay gathered from the forward to the backward pass
+        width = _width(run)
+        root = width * (shape.embedding_parameters + shape.head_parameters + positions + rows)
+        blocks = width * (shape.linear_parameters + shape.other_parameters - positions + lora)
         return Traffic(
             all_gather=(2 * blocks + root) * run.accumulation, reduce_scatter=FP32 * trained * run.accumulation
         )
-    return Traffic(
-        all_gather=2 * (backbone + adapters_and_rows) * run.accumulation,
-        reduce_scatter=size * trained * run.accumulation,
-    )
+    used = replace(shape, own_head=False)  # a head that no score passes through is never gathered
+    words: float = (size if run.tuning == "full" else _width(run)) * shape.embedding_parameters
+    backbone: float = size * used.parameters if run.tuning == "full" else _frozen_bytes(used, run)
+    whole: float = backbone + size * (lora + rows)
+    if used.parameters + lora + rows > ZERO3_LIVE:
+        # Nothing lasts to its next use: the item table is read by encoder, decoder, scores and their gradients.
+        tables = run.items * shape.d_model * (1 if run.tied_rows else 2)
+        users = run.user_rows * shape.d_model
+        whole = 2 * (whole - size * rows - words) + size * (5 * tables + 3 * users) + 2 * words
+    return Traffic(all_gather=whole * run.accumulation, reduce_scatter=size * trained * run.accumulation)
 
 
 def operations(shape: Shape, run: Run, length: float | None = None) -> float:
@@ -722,7 +741,9 @@ class Estimate:
             "accumulation": self.run.accumulation,
             "global_batch_size": self.run.global_batch,
             "trained_parameters": trained_parameters(self.shape, self.run),
-            "parameters": self.shape.parameters + lora_parameters(self.shape, self.run) + row_parameters(self.shape, self.run),
+            "parameters": self.shape.parameters
+            + lora_parameters(self.shape, self.run)
+            + row_parameters(self.shape, self.run),
             "peak_bytes": round(self.total),
             "moment": self.moment,
             "bytes_at_the_peak": {name: round(value) for name, value in self.parts.items()},
@@ -769,3 +790,163 @@ def largest_batch(shape: Shape, run: Run, capacity: float) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def by_strategy(
+    shape: Shape, run: Run, hardware: Hardware | None = None, *, examples: int | None = None
+) -> dict[str, Estimate]:
+    """The same run under each strategy that its number of devices allows."""
+    names = [run.strategy] if run.cpu else [ONE_DEVICE[1]] if run.processes == 1 else STRATEGIES[2:]
+    return {
+        name: estimate(shape, replace(run, strategy=name), hardware, examples=examples)  # type: ignore[arg-type]
+        for name in names
+    }
+
+
+def recommended(estimates: Mapping[str, Estimate]) -> str | None:
+    """The first strategy that fits; `STRATEGIES` has them in order of what they cost in time and complexity."""
+    return next((name for name in STRATEGIES if name in estimates and estimates[name].fits is not False), None)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Predicted efficiency of many devices: the step of one, over the same step of each among many."""
+
+    processes: int
+    sent: float
+    communication_seconds: float
+    efficiency: float
+
+
+def predicted_scaling(
+    shape: Shape,
+    run: Run,
+    hardware: Hardware,
+    *,
+    processes: Sequence[int] = (8, 64),
+    step_seconds: float | None = None,
+    sparse_users: bool = False,
+    imbalance: float = 0.01,
+) -> list[Scaling]:
+    """Weak scaling at `run.examples` a device: communication is added to the step, none of it hidden.
+
+    Args:
+        run: as under the strategy on many devices.
+        step_seconds: a measured step of one device; without it, predicted from `hardware`.
+        sparse_users: exchange only the user rows of the batch, as (index, row) pairs gathered from all devices, in
+            place of a dense reduction of the whole table. A model of an exchange that is not built yet.
+        imbalance: how much longer the slowest device computes than the mean, when examples are dealt by length.
+
+    Raises:
+        ConfigError: neither a measured step nor a speed to predict one from.
+    """
+    alone = step_seconds
+    if alone is None:
+        alone = estimate(shape, replace(run, processes=1, strategy="single_gpu"), hardware).compute_seconds
+    if not alone:
+        raise ConfigError("step seconds: give a measured step of one device, or --tflops to predict one from")
+    found = []
+    for count in processes:
+        many = replace(run, processes=count)
+        sent = traffic(shape, many).sent(count)
+        if sparse_users:
+            known = replace(many, user_rows=1)
+            row = FP32 * shape.d_model + 8  # and its index
+            touched = min(run.examples * run.accumulation, run.user_rows)
+            sent = traffic(shape, known).sent(count) + (count - 1) * touched * row
+        seconds = sent / hardware.bandwidth(count)
+        found.append(Scaling(count, sent, seconds, alone / (alone * (1 + imbalance) + seconds)))
+    return found
+
+
+# --- from what is at hand ---------------------------------------------------------------------------------------------
+
+
+def estimate_run(
+    config: Mapping[str, Any],
+    model_args: Any,
+    training_args: Any,
+    *,
+    items: int,
+    user_rows: int,
+    longest: int,
+    mean_length: float | None = None,
+    strategy: str,
+    processes: int,
+    own_head: bool | None = None,
+    targets: int = 1,
+    quantization: Literal["8bit", "4bit"] | None = None,
+    hardware: Hardware | None = None,
+    examples: int | None = None,
+) -> Estimate:
+    """The estimate of a run from the arguments that it is started with; quick enough for an `except` block.
+
+    Args:
+        config: `model.config.to_dict()`, or a `config.json`.
+        model_args, training_args: `ModelArguments` and `GenRecTrainingArguments`.
+        longest: tokens of the longest input row; the mean is taken to be as long where it is not given.
+        own_head: whether the backbone's head is not its embedding matrix; see `Shape.from_config`.
+        targets: predictions an input row.
+        examples: of an epoch.
+    """
+    shape = Shape.from_config(config, own_head=own_head)
+    if model_args.dropout is not None:
+        shape = replace(shape, dropout=model_args.dropout)
+        if shape.family == "t5":
+            shape = replace(shape, attention_dropout=model_args.dropout, activation_dropout=model_args.dropout)
+    accumulation = training_args.gradient_accumulation_steps
+    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
+    run = Run(
+        items=items,
+        user_rows=user_rows,
+        examples=-(-training_args.global_batch_size // (processes * accumulation)),
+        tied_rows=model_args.tie_item_rows,
+        tuning=model_args.tuning,
+        lora_r=model_args.lora_r,
+        lora_targets=tuple(model_args.lora_target_modules) if model_args.lora_target_modules else None,
+        lora_dropout=model_args.lora_dropout,
+        strategy=strategy,  # type: ignore[arg-type]  # its __post_init__ checks it
+        processes=processes,
+        accumulation=accumulation,
+        mean_length=longest if mean_length is None else mean_length,
+        longest=longest,
+        targets=targets,
+        prompt=2 if model_args.decoder_prompt == "last-item" else 1,
+        bf16=training_args.bf16,
+        quantization=quantization,
+        optimizer_bytes=0.0 if optimizer == "sgd" else 2.0 if "8bit" in optimizer else 8.0,
+    )
+    return estimate(shape, run, hardware, examples=examples)
+
+
+def read_geometry(
+    name: str, *, init: str = "pretrained", revision: str | None = None
+) -> tuple[dict[str, Any], bool | None]:
+    """A backbone's configuration and whether its head is its own: of a folder, a published name, a named size, the Hub.
+
+    Raises:
+        ConfigError: it is none of these, or the Hub does not answer.
+    """
+    own_head = True if init == "random" else None  # fresh T5 weights get one; BART never has
+    if (Path(name) / "config.json").is_file():
+        try:
+            return json.loads((Path(name) / "config.json").read_text(encoding="utf-8")), own_head
+        except ValueError as error:
+            raise ConfigError(f"backbone: {name}/config.json is not readable as json: {error}") from error
+    if name in GEOMETRIES:
+        return GEOMETRIES[name], own_head
+    from transformers import PreTrainedConfig
+
+    from genrec_llm.model import NAMED_SIZES, bare_tokenizer
+
+    if name in NAMED_SIZES:
+        config = NAMED_SIZES[name].to_dict()
+        return config | {"vocab_size": len(bare_tokenizer(config["model_type"]))}, True
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"backbone: {name!r} is neither a folder with a config.json, nor a geometry known here, nor a model that the "
+            f"Hub answers for ({str(error).splitlines()[0]}). Known: {', '.join([*NAMED_SIZES, *GEOMETRIES])}"
+        ) from error
+    return config, own_head
