@@ -442,7 +442,7 @@ def activations(shape: Shape, run: Run, tokens: int, rows: int) -> Activations:
 
     if shape.gelu_new:
         # Six factors: x³, x/2, tanh, 1 + tanh, gelu, gate. CUDA's autocast computes pow, and what follows, in fp32.
-        feed = 6 * act * ff if run.cpu or not run.bf16 else (4 * FP32 + 2 * BF16) * ff
+        feed: float = 6 * act * ff if run.cpu or not run.bf16 else (4 * FP32 + 2 * BF16) * ff
     else:
         feed = (3 if shape.gated else 1) * act * ff
     feed += dropped(ff, shape.activation_dropout)
@@ -551,8 +551,8 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
         static["buffers"] = root + 2 * _block_bytes(shape, run)
 
     logits = FP32 * run.examples * run.targets * run.items
-    items, users = FP32 * run.items * shape.d_model, FP32 * run.user_rows * shape.d_model
-    words = FP32 * shape.embedding_parameters if full else 0
+    items, users = size * run.items * shape.d_model, size * run.user_rows * shape.d_model
+    words = size * shape.embedding_parameters if full else 0
     gradients = float(size * trained)
     partitioned = run.strategy in ("zero2", "zero3", "zero3_offload", "fsdp2")
     ended = gradients / n if partitioned else gradients
@@ -562,8 +562,10 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     share = shape.decoder_layers / (shape.encoder_layers + shape.decoder_layers)
     per_decoder = FP32 * (backbone - shape.embedding_parameters if full else lora) * share / (n if partitioned else 1)
     tables = items * (1 if run.tied_rows else 2) + users + words
-    # A table's gradient is whole while it is computed; another use of the same table adds a second for a moment.
+    # Another use of a table adds a second gradient for a moment. Where scores use it too, the decoder's part comes on
+    # top of theirs, and autograd (torch 2.13) writes that first sum into a third.
     again = max(items, users, words)
+    sums = 2 * items if run.tied_rows else 0
     stored = kept.encoder + kept.decoder + kept.cached_weights
     changing = {
         "loss": {"activations": stored, "gradients": before, "logits": 3.0 * logits},
@@ -576,11 +578,11 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
         "encoder": {
             "activations": kept.encoder + kept.cached_weights,
             "gradients": before + tables + per_decoder,
-            "temporary": max(kept.encoder_temporary, items if run.tied_rows else 0),
+            "temporary": max(kept.encoder_temporary, sums),
         },
         "embedding": {
             "activations": kept.cached_weights,
-            "gradients": ended + (tables if run.accumulation > 1 or partitioned else 0),
+            "gradients": ended + tables if run.accumulation > 1 else min(gradients, ended + tables),
             "temporary": float(again),
         },
         "update": {"gradients": ended, "temporary": FP32 * trained / n if run.deepspeed and not offload else 0.0},

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,10 @@ def predict(case: Case, *, cuda: bool) -> Any:
     return estimate(shape, Run(**case.run, **told))
 
 
-def measured(name: str) -> dict[str, int]:
+def measured(name: str, ways: Sequence[str] = ("allocator", "resident")) -> dict[str, int]:
     """Train a case in child processes, one for each way of measuring; bytes."""
     found: dict[str, int] = {}
-    for way in ("allocator", "resident"):
+    for way in ways:
         environment = {**os.environ, "MEASURE": way, "TQDM_DISABLE": "1"}
         if way == "resident":
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
