@@ -68,7 +68,8 @@ def small(kind: str) -> Any:
     if kind == "bart":
         return BartConfig(
             vocab_size=150, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, attention_dropout=0.1,
+            decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+            attention_dropout=0.1,
         )  # fmt: skip
     projection = "gated-gelu" if kind == "gated" else "relu"
     return T5Config(
