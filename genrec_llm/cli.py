@@ -1,6 +1,7 @@
 """`genrec`: from interactions to a shared model, one verb a step.
 
     genrec data info shop.csv
+    genrec estimate --dataset shop.csv --backbone google/flan-t5-small
     genrec finetune --dataset shop.csv --backbone google/flan-t5-small --output-dir runs/shop
     genrec merge --run runs/shop
     genrec evaluate --run runs/shop
@@ -254,6 +255,17 @@ def plot(args: argparse.Namespace) -> None:
         print(path)
 
 
+def estimate(args: argparse.Namespace) -> None:
+    """Say what a training will take before it is started: memory by part, the largest batch that fits, communication, time,
+    and which strategy to choose."""
+    if {"-h", "--help"} & {*args.rest}:
+        args.parser.print_help()
+        sys.exit(0)
+    from genrec_llm.estimate import print_estimate
+
+    print_estimate(args)
+
+
 def _help(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, indent_increment=1)  # with 2, the longest verb would not fit beside its text
 
@@ -335,6 +347,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _finish(ask, recommend)
 
+    guess = verbs.add_parser(
+        "estimate", add_help=False, help="what a training will take: memory, time, which strategy",
+        description=estimate.__doc__,
+    )  # fmt: skip
+    _add_estimate_flags(guess)
+    guess.epilog = (
+        "All other flags are those of the recipes, such as --config, --dataset, --backbone, --global-batch-size."
+    )
+    _finish(guess, estimate, recipe="estimate")
+
     share = verbs.add_parser("push", help="share a model on the Hugging Face Hub", description=push.__doc__)
     share.add_argument("folder", help="adapter/ or merged/ directory of a run")
     share.add_argument("repo_id", metavar="org/name", help="the model's name on the Hub")
@@ -387,6 +409,41 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k-core", type=int, help="drop users and items with fewer interactions; 0 keeps all")
     parser.add_argument("--drop-duplicates", action="store_true", help="drop rows that repeat user, item and time")
     parser.set_defaults(**_DATA_DEFAULTS)
+
+
+def _add_estimate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", metavar="pretrain|finetune", default="finetune", help="(default: %(default)s)")
+    parser.add_argument(
+        "--strategy", help="cpu, single_gpu, ddp, zero1, zero2, zero3, zero3_offload, fsdp2 (default: chosen)"
+    )
+    parser.add_argument("--processes", type=_positive, default=1, help="devices (default: %(default)s)")
+    data = parser.add_argument_group("in place of --dataset")
+    data.add_argument("--items", type=_positive, help="items of the catalogue")
+    data.add_argument("--users", type=_positive, help="users with a row of their own (default: none)")
+    data.add_argument("--interactions", type=_positive, help="of the whole log; for the time of an epoch")
+    data.add_argument(
+        "--mean-length", type=_above_zero, help="tokens of an input row on average (default: the longest)"
+    )
+    machine = parser.add_argument_group("hardware; all times are predictions from it")
+    machine.add_argument("--hardware", default="h100", help="a100, h100 or h200 (default: %(default)s)")
+    machine.add_argument("--gpu-memory", type=_above_zero, metavar="GIB", help="memory of a GPU")
+    machine.add_argument("--tflops", type=_above_zero, help="speed that training reaches, if measured")
+    machine.add_argument("--bandwidth", type=_above_zero, metavar="GB/S", help="between the GPUs of a node, a GPU")
+    machine.add_argument("--network", type=_above_zero, metavar="GB/S", help="between nodes, all adapters of a node")
+    machine.add_argument(
+        "--step-seconds", type=_above_zero, help="measured step of one GPU: predicts the scaling to 8 and 64"
+    )
+    parser.add_argument("--json", action="store_true", help="print json")
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -37,7 +37,7 @@ FILES = {
     ".editorconfig",
     ".python-version",
 }
-LIGHT_MODULES = ("errors", "files", "tables", "data", "sources", "vocab", "metrics")
+LIGHT_MODULES = ("errors", "files", "tables", "data", "sources", "vocab", "metrics", "memory", "estimate")
 PRINT_HEAVY_MODULES = "import sys; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
 
 
