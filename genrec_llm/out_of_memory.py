@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,21 +120,18 @@ def explained(figures: Callable[[], Estimate], rank: int) -> Iterator[None]:
 def describe(found: Estimate) -> str:
     """What a run takes by estimate, and what it would take with each switch that helps, the gentlest first."""
     run, gib = found.run, 2.0**30
-
-    def with_switch(name: str, **changes: object) -> str:
-        return f"{name} {estimate(found.shape, replace(run, **changes)).total / gib:.1f}"  # type: ignore[arg-type]
-
-    parts = ", ".join(f"{name} {size / gib:.1f}" for name, size in found.parts.items() if size >= 0.05 * gib)
-    halved = -(-run.examples // 2)
-    helps = []
-    if halved < run.examples:
-        doubled = 2 * run.accumulation
-        helps.append(with_switch(f"--gradient-accumulation-steps {doubled}", examples=halved, accumulation=doubled))
+    switches: list[tuple[str, dict[str, Any]]] = []
+    if run.examples > 1:
+        more = {"examples": -(-run.examples // 2), "accumulation": 2 * run.accumulation}
+        switches.append((f"--gradient-accumulation-steps {2 * run.accumulation}", more))
     if run.tuning == "lora" and run.quantization is None and run.strategy not in ("zero3", "zero3_offload", "fsdp2"):
-        helps.append(with_switch("--quantization 4bit", quantization="4bit"))
+        switches.append(("--quantization 4bit", {"quantization": "4bit"}))
     if run.processes > 1:
-        stronger = STRONGER.get(run.strategy, ())
-        helps += [with_switch(f"accelerate_configs/{strategy}.yaml", strategy=strategy) for strategy in stronger]
+        for strategy in STRONGER.get(run.strategy, ()):
+            switches.append((f"accelerate_configs/{strategy}.yaml", {"strategy": strategy}))
+    totals = {name: estimate(found.shape, replace(run, **changes)).total for name, changes in switches}
+    helps = [f"{name} {total / gib:.1f}" for name, total in totals.items() if total < 0.99 * found.total]
+    parts = ", ".join(f"{name} {size / gib:.1f}" for name, size in found.parts.items() if size >= 0.05 * gib)
     return (
         f"By estimate the step takes {found.total / gib:.1f} GiB a device ({parts or 'all of it small'}); it would take, in "
         f"GiB: {'; '.join(helps) or 'no less by a switch'}. --auto-batch-size finds the accumulation that fits; validation "

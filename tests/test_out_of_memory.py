@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int, *, rank: str = "0") -> list[int]:
     """A device on which training forwards of more than `most` rows find no memory; the sizes that were asked for."""
     asked: list[int] = []
     forward = GenRecBackbone.forward
@@ -36,6 +36,7 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
         if self.training:
             asked.append(len(input_ids))
             if len(input_ids) > most:
+                monkeypatch.setenv("LOCAL_RANK", rank)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, input_ids, *args, **kwargs)
 
@@ -81,8 +82,7 @@ def test_where_not_even_one_example_fits_the_mend_is_named(
 def test_an_error_in_training_shows_the_estimate_and_what_helps(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit_rows(monkeypatch, 9)
-    monkeypatch.setenv("LOCAL_RANK", "3")  # it is this process's error alone, so this process says it
+    limit_rows(monkeypatch, 9, rank="3")  # it is this process's error alone, so this process says it
     with pytest.raises(SystemExit) as ended:
         tiny.train(home / "base", home, tmp_path / "run")
     error = capsys.readouterr().err
@@ -109,8 +109,8 @@ def test_memory_that_the_machine_refuses_is_known_as_such() -> None:
     assert not is_out_of_memory(RuntimeError("connection closed")) and is_out_of_memory(MemoryError())
 
 
-SHAPE = Shape.from_config({"model_type": "t5", "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
-                           "num_decoder_layers": 8, "vocab_size": 32128, "feed_forward_proj": "gated-gelu"})  # fmt: skip
+SHAPE = Shape.from_config({"model_type": "t5", "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32,
+                           "num_decoder_layers": 24, "vocab_size": 32128, "feed_forward_proj": "gated-gelu"})  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ SHAPE = Shape.from_config({"model_type": "t5", "d_model": 512, "d_kv": 64, "d_ff
     ],
 )
 def test_only_switches_that_apply_are_named_each_with_less_memory(run: dict[str, Any], named: list[str]) -> None:
-    found = estimate(SHAPE, Run(**({"items": 100_000, "user_rows": 1_000_000, "examples": 512} | run)))
+    found = estimate(SHAPE, Run(**({"items": 100_000, "user_rows": 100_000, "examples": 256} | run)))
     text = describe(found)
     assert re.findall(r"(--gradient-accumulation-steps 2|--quantization|zero\d)", text) == named
-    figures = [float(figure) for figure in re.findall(r"(?:steps 2|4bit|yaml) ([\d.]+)", text)]
+    figures = [float(figure) for figure in re.findall(r"(?:steps 2|4bit|yaml) (\d+\.\d)", text)]
     assert len(figures) == len(named) and all(figure < found.total / 2**30 for figure in figures)
