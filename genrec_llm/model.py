@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -312,6 +312,19 @@ def pinned_revision(name: str, revision: str | None) -> str | None:
         return revision
 
 
+def damaged_shards(name: str, revision: str | None) -> list[tuple[Path, str]]:
+    """Weights files of a checkpoint that were cut short or overwritten, each with what safetensors says of it."""
+    folder = Path(cached_file(name, "config.json", revision=revision)).parent
+    found = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            found.append((file, str(error)))
+    return found
+
+
 def load_backbone(
     name: str,
     *,
@@ -359,7 +372,15 @@ def load_backbone(
         model, info = own_head.from_pretrained(name, output_loading_info=True, **options)
         if own_head is not tied_head and "lm_head.weight" in info["missing_keys"]:
             model = tied_head.from_pretrained(name, **options)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ConfigError(
+            [
+                f"backbone: {file} is damaged ({reason}): fetch it again"
+                for file, reason in damaged_shards(name, revision)
+            ]
+            or f"backbone: the weights of {name!r} are damaged ({error}): fetch them again"
+        ) from error
+    except OSError as error:
         raise ConfigError(
             f"backbone: {name!r} has no weights that load: {str(error).splitlines()[0]}. Pickled weights "
             "(pytorch_model.bin) are not read: give a checkpoint or revision with safetensors, or turn it into one "
