@@ -431,6 +431,22 @@ def test_a_model_of_another_kind_is_refused_with_the_kinds_there_are(tmp_path: P
 
 
 @pytest.mark.usefixtures("no_network")
+def test_of_several_shards_the_damaged_ones_are_named(one_checkpoint: Path, tmp_path: Path) -> None:
+    T5ForConditionalGeneration.from_pretrained(one_checkpoint).save_pretrained(tmp_path, max_shard_size="8KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((one_checkpoint / name).read_bytes())
+    load_backbone(str(tmp_path))
+    first, second, third, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-10])
+    third.write_bytes(b"?" * 1000)
+    with pytest.raises(ConfigError) as caught:
+        load_backbone(str(tmp_path))
+    assert [problem.split(" is damaged")[0] for problem in caught.value.problems] == [
+        f"backbone: {first}", f"backbone: {third}",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_network")
 def test_missing_or_broken_parts_of_a_checkpoint_are_config_errors(one_checkpoint: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((one_checkpoint / name).read_bytes())
@@ -438,7 +454,7 @@ def test_missing_or_broken_parts_of_a_checkpoint_are_config_errors(one_checkpoin
         load_backbone(str(tmp_path))
     whole = (one_checkpoint / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="no weights that load"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged \(.*\): fetch it again"):
         load_backbone(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(whole)
     for name in ("tokenizer.json", "tokenizer_config.json"):
