@@ -20,6 +20,7 @@ from types import FrameType
 from genrec_llm.errors import ConfigError
 
 ONE_PROCESS = ("cpu", "single_gpu")
+MULTI_NODE = "_multi_node"
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE = 40.0
 """Seconds that a launcher has to end after it was told to: torchrun gives its workers 30, and ends them then."""
@@ -72,6 +73,14 @@ def training_command(
         gpus = 0
     if strategy in ONE_PROCESS and processes not in (None, 1):
         problems.append(f"--processes {processes}: --strategy {strategy} is for one process; take --strategy ddp")
+    if strategy.endswith(MULTI_NODE):
+        one = strategy.removesuffix(MULTI_NODE)
+        problems.append(
+            f"--strategy {strategy}: is launched on every node by itself, as docs/multi_node.md says; "
+            f"on this machine alone take --strategy {one}"
+        )
+    if strategy == "fsdp2" and not gpus:
+        problems.append("--strategy fsdp2: needs GPUs; take --strategy zero3")
     if strategy == "single_gpu" and not gpus and not on_cpu:
         problems.append("--strategy single_gpu: this machine shows no GPU; take --strategy cpu")
     if strategy not in ONE_PROCESS and gpus and (processes or gpus) > gpus:

@@ -131,6 +131,8 @@ def test_incomplete_commands_are_refused(arguments: list[str], monkeypatch: pyte
         (["finetune", "--stratgy=ddp"], "did you mean --strategy?"),
         (["pretrain", "--process", "2"], "did you mean --processes?"),
         (["finetune", "--strategy", "cpu", "--processes", "2"], "take --strategy ddp"),
+        (["finetune", "--strategy", "zero3_multi_node"], "on this machine alone take --strategy zero3"),
+        (["finetune", "--strategy", "fsdp2", "--use_cpu"], "needs GPUs; take --strategy zero3"),
         (["recommend", "folder", "a", "--output", "x"], "goes with --input"),
         (["recommend", "folder", "a", "--input", "x"], "leave them out of the command"),
     ],

@@ -436,7 +436,7 @@ def test_of_several_shards_the_damaged_ones_are_named(one_checkpoint: Path, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((one_checkpoint / name).read_bytes())
     load_backbone(str(tmp_path))
-    first, second, third, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    first, _, third, *_ = sorted(tmp_path.glob("model-*.safetensors"))
     first.write_bytes(first.read_bytes()[:-10])
     third.write_bytes(b"?" * 1000)
     with pytest.raises(ConfigError) as caught:
