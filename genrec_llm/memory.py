@@ -626,10 +626,16 @@ def traffic(shape: Shape, run: Run) -> Traffic:
     positions = 2 * shape.positions * shape.d_model
     if run.strategy == "fsdp2":  # the root's weights stay gathered from the forward to the backward pass
         width = _width(run)
+        # fully_shard splits rows and pads them to a multiple of the devices: the r rows of A to 64 of them, for one.
+        padding = sum(
+            (-run.lora_r % run.processes) * shape.linears[name][0] * shape.occurrences(name)
+            for name in (lora_targets(shape, run) if run.tuning == "lora" else ())
+        )
         root = width * (shape.embedding_parameters + shape.head_parameters + positions + rows)
-        blocks = width * (shape.linear_parameters + shape.other_parameters - positions + lora)
+        blocks = width * (shape.linear_parameters + shape.other_parameters - positions + lora + padding)
         return Traffic(
-            all_gather=(2 * blocks + root) * run.accumulation, reduce_scatter=FP32 * trained * run.accumulation
+            all_gather=(2 * blocks + root) * run.accumulation,
+            reduce_scatter=FP32 * (trained + padding) * run.accumulation,
         )
     used = replace(shape, own_head=False)  # a head that no score passes through is never gathered
     words: float = (size if run.tuning == "full" else _width(run)) * shape.embedding_parameters
