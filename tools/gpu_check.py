@@ -5,7 +5,8 @@
 
 Now: both stages on a backbone of Flan-T5-XL's published shape with random bf16 weights, LoRA r=16, Amazon Beauty, and
 finetuning once more on its weights in nf4 (QLoRA; left out without bitsandbytes): bytes of the frozen weights, peak
-memory, examples a second, losses. Needs torch, transformers, peft, accelerate, datasets; no network.
+memory beside the estimate of `genrec estimate`, examples a second, losses; the accumulation that --auto-batch-size finds for
+a global batch that does not fit. Needs torch, transformers, peft, accelerate, datasets; no network.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 from transformers import T5Config, TrainerCallback, set_seed
 
-from genrec_llm.args import DataArguments, GenRecTrainingArguments
+from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import write_json
+from genrec_llm.memory import estimate_run
 from genrec_llm.model import (
     GenRecBackbone,
     GenRecUntiedT5,
@@ -63,7 +65,14 @@ class Clock(TrainerCallback):
 
 
 def measure(
-    stage: str, data: Data, shape: str, steps: int, batch: int, quantization: Quantization | None = None
+    stage: str,
+    data: Data,
+    shape: str,
+    steps: int,
+    batch: int,
+    *,
+    quantization: Quantization | None = None,
+    auto_batch_size: bool = False,
 ) -> dict[str, Any]:
     """Train one stage for some steps."""
     set_seed(0)
@@ -74,7 +83,7 @@ def measure(
         training = GenRecTrainingArguments(
             output_dir=folder, max_steps=steps, global_batch_size=batch, bf16=cuda, learning_rate=3e-4,
             rows_learning_rate=1e-3, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-            logging_steps=max(1, steps // 5),
+            logging_steps=max(1, steps // 5), auto_batch_size=auto_batch_size,
         )  # fmt: skip
         tokenizer = bare_tokenizer("t5")
         with torch.device(device):
@@ -103,6 +112,20 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    around = 3  # user, mask and end
+    estimated = estimate_run(
+        config.to_dict(),
+        ModelArguments(quantization=quantization),
+        training,
+        items=data.vocab.num_items,
+        user_rows=data.vocab.num_user_rows,
+        longest=int(task.lengths.max()) + around,
+        mean_length=float(task.lengths.mean()) + around,
+        strategy="single_gpu" if cuda else "cpu",
+        processes=1,
+        own_head=True,
+        quantization=quantization,
+    )
     timed = steps - clock.warm_up
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return {
@@ -114,10 +137,12 @@ def measure(
         "frozen_weights_mib": round(sum(p.nbytes for p in adapted.parameters() if not p.requires_grad) / 2**20, 2),
         "precision": "bf16" if cuda else "fp32",
         "global_batch_size": batch,
+        "accumulation": training.gradient_accumulation_steps,
         "steps": steps,
         "losses": losses,
         "examples_per_second": round(timed * batch / clock.seconds, 1) if cuda else None,
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "estimated_memory_gib": round(estimated.total / 2**30, 2),
     }
 
 
@@ -136,6 +161,11 @@ def main() -> None:
         results.append(measure("finetune", data, args.shape, args.steps, args.batch, quantization="4bit"))
     except ConfigError as error:
         print(f"left out: {error}")
+    whole = (
+        256 * args.batch
+    )  # more than a GPU of 141 GB holds at once; a CPU refuses no memory, so it takes what is asked
+    most = whole if torch.cuda.is_available() else args.batch
+    results.append(measure("finetune", data, args.shape, min(args.steps, 5), most, auto_batch_size=True))
     write_json(args.out, {**provenance(), "results": results})
     for result in results:
         print(result)
