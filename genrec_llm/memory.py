@@ -487,11 +487,12 @@ def _frozen_bytes(shape: Shape, run: Run) -> float:
     plain = _width(run)
     linear = float(plain * shape.linear_parameters)
     if run.quantization:
-        in_fp32 = 0
-        if shape.family == "t5":  # transformers keeps `wo` of a quantised T5 in fp32
-            in_fp32 = shape.occurrences("wo") * shape.d_model * shape.d_ff
-        few = 1.0 if run.quantization == "8bit" else 0.5 + FP32 / 64  # nf4: a scale for each 64
-        linear = few * (shape.linear_parameters - in_fp32) + FP32 * in_fp32
+        left = 0
+        if shape.family == "t5":  # transformers leaves `wo` of a quantised T5 as it is
+            left = shape.occurrences("wo") * shape.d_model * shape.d_ff
+        # nf4: a byte of scale for each 64, and a scale of these for each 256; 8 bits: a scale for each row
+        few = 1.0 + FP32 / shape.d_model if run.quantization == "8bit" else 0.5 + 1 / 64 + FP32 / (64 * 256)
+        linear = few * (shape.linear_parameters - left) + plain * left
     rest = shape.other_parameters + shape.embedding_parameters + shape.head_parameters
     buffer = FP32 * shape.vocab if shape.family == "bart" else 0  # final_logits_bias
     return linear + plain * rest + buffer
@@ -883,7 +884,6 @@ def estimate_run(
     processes: int,
     own_head: bool | None = None,
     targets: int = 1,
-    quantization: Literal["8bit", "4bit"] | None = None,
     hardware: Hardware | None = None,
     examples: int | None = None,
 ) -> Estimate:
@@ -921,7 +921,7 @@ def estimate_run(
         targets=targets,
         prompt=2 if model_args.decoder_prompt == "last-item" else 1,
         bf16=training_args.bf16,
-        quantization=quantization,
+        quantization=model_args.quantization,
         optimizer_bytes=0.0 if optimizer == "sgd" else 2.0 if "8bit" in optimizer else 8.0,
     )
     return estimate(shape, run, hardware, examples=examples)

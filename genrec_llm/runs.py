@@ -513,7 +513,6 @@ class RunDirectory:
             strategy=named.get(strategy, strategy),
             processes=self.training.world_size,
             targets=self.training.masks_per_sequence if self.stage == "pretrain" else 1,
-            quantization=self.model_args.quantization,  # type: ignore[arg-type]  # its __post_init__ checks it
         )
 
     def _going_on(self, checkpoint: Path, launch: dict[str, Any]) -> str:

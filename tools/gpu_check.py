@@ -124,7 +124,6 @@ def measure(
         strategy="single_gpu" if cuda else "cpu",
         processes=1,
         own_head=True,
-        quantization=quantization,
     )
     timed = steps - clock.warm_up
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
