@@ -25,6 +25,7 @@ from genrec_llm.checkpoints import (
     join_partitions,
     last_complete_checkpoint,
     needs_joining,
+    remove_later,
     write_manifest,
 )
 from genrec_llm.decoding import mask_seen, rank_targets
@@ -303,8 +304,9 @@ class GenRecTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_manifest(folder, self.launch)
+            remove_later(folder.parent, self.state.global_step)
             rotate_checkpoints(
-                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=False
             )
         self.accelerator.wait_for_everyone()
         if self.stop.stopping:
