@@ -531,3 +531,17 @@ def test_the_launch_is_described_and_broken_promises_are_refused_together(
         describe_launch(built.args, built.accelerator.state)
     assert len(caught.value.problems) == 2
     assert "4 processes were started" in str(caught.value) and "DeepSpeed was asked for" in str(caught.value)
+
+
+def test_batches_that_are_shared_out_a_second_time_are_refused(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer()
+    whole = built.get_train_dataloader
+
+    def halved() -> Any:
+        loader = whole()
+        loader.collate_fn = lambda batch: {name: value[: len(value) // 2] for name, value in batch.items()}
+        return loader
+
+    monkeypatch.setattr(built, "get_train_dataloader", halved)
+    with pytest.raises(ConfigError, match="given 7 examples in step 1, whose global batch has 15"):
+        built.train()
