@@ -182,13 +182,15 @@ def test_a_killed_process_is_started_anew_by_the_launcher_and_resumes(ground: Pa
     assert difference(tmp_path / "run", tmp_path / "whole") == 0.0
 
 
-def test_a_restart_that_would_meet_the_store_of_the_first_attempt_is_refused(ground: Path, tmp_path: Path) -> None:
+def test_restarts_that_would_meet_the_store_of_the_first_attempt_are_refused_at_once(
+    ground: Path, tmp_path: Path
+) -> None:
     """Gloo and NCCL would read the addresses of processes that are gone, and hang."""
-    process = started(
-        command(ground, "ddp", tmp_path / "run"), TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_USE_AGENT_STORE="True"
-    )
-    code, output = end_of(process)
-    assert code != 0 and output.count("error: launch: this is a restart") == 1, output[-3000:]
+    line = command(ground, "ddp", tmp_path / "run")
+    line[line.index("--config_file") : line.index("--config_file")] = ["--max_restarts", "1"]
+    code, output = end_of(started(line))
+    assert code != 0 and "error: launch: after a restart (--max_restarts)" in output, output[-3000:]
+    assert "'loss'" not in output
 
 
 # --- other processes ---------------------------------------------------------------
