@@ -13,8 +13,9 @@ import pytest
 import tiny
 import torch
 from check_distributed import (
-    ADAPTER_TOLERANCE,
+    LORA_TOLERANCE,
     LOSS_TOLERANCE,
+    ROWS_TOLERANCE,
     SPLITS,
     STAGES,
     STRATEGIES,
@@ -75,7 +76,7 @@ def test_the_results_are_complete_and_within_their_tolerances() -> None:
     ("part", "change", "said"),
     [
         ("splits", {"loss_difference": 1e-3}, "loss beyond its tolerance"),
-        ("splits", {"rows_difference": 1e-3}, "adapter beyond its tolerance"),
+        ("splits", {"rows_difference": 1e-3}, "rows beyond its tolerance"),
         ("resumed", {"resumed_equal": False}, "not the run that nobody killed"),
         (
             "kills",
@@ -192,9 +193,9 @@ def test_every_split_gives_what_one_process_gives(
     reference(stage)
     row = split(ground, strategy, stage, *part)
     assert row["loss_difference"] < LOSS_TOLERANCE
-    assert max(row["lora_difference"], row["rows_difference"]) < ADAPTER_TOLERANCE
+    assert row["lora_difference"] < LORA_TOLERANCE and row["rows_difference"] < ROWS_TOLERANCE
     moved = load_file(ground.folder / f"{stage}-one" / "adapter" / "adapter_model.safetensors")
-    assert max(float(value.abs().max()) for name, value in moved.items() if "lora_B" in name) > 50 * ADAPTER_TOLERANCE
+    assert max(float(value.abs().max()) for name, value in moved.items() if "lora_B" in name) > 100 * LORA_TOLERANCE
 
 
 # --- the same after any kill ------------------------------------------------------------
