@@ -65,7 +65,7 @@ LOSS_TOLERANCE = 1e-5
 LEARNING_RATE, ROWS_LEARNING_RATE = 1e-3, 3e-3
 LORA_TOLERANCE, ROWS_TOLERANCE = LEARNING_RATE / 100, ROWS_LEARNING_RATE / 10
 """Largest difference of a trained value, as a share of one step of AdamW, which moves a weight by the learning rate whatever
-the size of its gradient. An item that is far from every target has hardly a gradient: there, rounding decides part of it."""
+the size of its gradient: where a gradient all but cancels, what is left is rounding, and decides part of the step."""
 VICTIMS = ("one process", "all", "the launcher")
 MOMENTS = ("start", "step", "checkpoint", "adapter")
 TIMEOUT = 600.0
@@ -694,8 +694,8 @@ weights; pretraining hides 3 items of a history. Against one process:
 - **loss**: the largest relative difference of a step's loss over the whole trajectory, unrounded (tolerance
   {loss_tolerance:g}: fp32 sums in another order);
 - **LoRA**, **rows**: the largest difference of a value of the final adapter (tolerances {lora_tolerance:g} and
-  {rows_tolerance:g}, a hundredth and a tenth of one step of AdamW, which divides a gradient by its own size: the row of an
-  item far from every target has hardly a gradient, and there rounding decides part of the step);
+  {rows_tolerance:g}, a hundredth and a tenth of one step of AdamW, which divides a gradient by its own size: where one all
+  but cancels, what is left is rounding. So it is with single numbers in the row of a user who is hardly seen);
 - **resumed**: with dropout, killed after step 10 and launched again, against the run that nobody killed: all losses and the
   final adapter;
 - seconds of training and of the whole command, most of which are imports, and the peak memory of the largest process.
