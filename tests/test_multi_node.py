@@ -19,8 +19,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from check_distributed import environment_of
 from test_docs import blocks, commands
-from test_resume import difference, end_of, environment_of, read_until, step_line
+from test_resume import difference, end_of, read_until, step_line
 
 from genrec_llm.checkpoints import is_complete
 

@@ -241,10 +241,14 @@ def workers(launcher: int) -> list[int]:
             and "accelerate" not in arguments[0]
         ):
             with suppress(OSError):  # it has ended in the meantime
-                environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-                rank = [entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")]
-                ranks[int(pid)] = int(rank[0]) if rank else 0
+                ranks[int(pid)] = int(environment_of(int(pid)).get("RANK", "0"))
     return sorted(ranks, key=lambda pid: ranks[pid])
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Environment variables that a process was started with."""
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def finished(command: Sequence[str], log: Path) -> Launch:
