@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from check_distributed import (
     SPLITS,
     STAGES,
     STRATEGIES,
+    Checkpoints,
     Ground,
     Interrupted,
     Kill,
@@ -34,6 +36,7 @@ from check_distributed import (
 )
 from safetensors.torch import load_file, save_file
 
+from genrec_llm.checkpoints import write_manifest
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import read_json
 
@@ -69,7 +72,7 @@ def test_the_results_are_complete_and_within_their_tolerances() -> None:
         (stage, name) for stage in STAGES for name in STRATEGIES
     }
     assert len(results["kills"]) >= 20 and all(row["kills"] for row in results["kills"])
-    assert results["commit"] and "+changes" not in results["commit"]
+    assert all(made["commit"] and "+changes" not in made["commit"] for made in results["made"].values())
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,17 @@ def test_the_kill_loop_tells_a_careful_training_from_others(tmp_path: Path, faul
         assert story.problems == [] and story.resumed_from == ["checkpoint-3", "checkpoint-3"]
     else:
         assert any(said in problem for problem in story.problems)
+
+
+def test_a_checkpoint_that_is_deleted_is_not_taken_for_one_that_is_written(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path)
+    (tmp_path / "checkpoint-9").mkdir()
+    assert run.being_written(0.0) == "checkpoint-9"
+    (tmp_path / "checkpoint-12").mkdir()
+    write_manifest(tmp_path / "checkpoint-12", {})
+    assert run.being_written(0.0) is None and run.newest_whole() == str(tmp_path / "checkpoint-12")
+    (tmp_path / "checkpoint-15").mkdir()
+    assert run.being_written(0.0) == "checkpoint-15" and run.being_written(time.time() + 60) is None
 
 
 # --- the same on any split ------------------------------------------------------------

@@ -19,6 +19,7 @@ anything differs by more than its tolerance.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -31,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "distributed.md"
 STAGES = ("pretrain", "finetune")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+PARTS = ("splits", "resumed", "kills")
 KILLED_STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 GLOBAL_BATCH = 8
 SPLITS = ((2, 1), (4, 1), (2, 2))
@@ -399,7 +401,8 @@ def random_kill(draw: random.Random) -> Kill:
     moment = draw.choices(MOMENTS, weights=(2, 4, 5, 1))[0]
     number = draw.randint(1, RESUMED_STEPS - 6) if moment == "step" else draw.randint(1, 6)
     delay = {"start": draw.uniform(1, 15), "step": 0.0}.get(moment, draw.uniform(0, 0.03))
-    return Kill(draw.choice(VICTIMS), moment, number, delay, draw.randrange(2))
+    victim = draw.choices(VICTIMS, weights=(2, 2, 1))[0]  # a launcher's workers finish their checkpoint
+    return Kill(victim, moment, number, delay, draw.randrange(2))
 
 
 class Checkpoints:
@@ -422,11 +425,12 @@ class Checkpoints:
         return None
 
     def being_written(self, since: float) -> str | None:
-        """Name of the checkpoint that a launch is writing now."""
-        for folder in self.run.glob("checkpoint-*"):
-            with suppress(FileNotFoundError):
-                if not (folder / MANIFEST).exists() and folder.stat().st_mtime > since:
-                    return folder.name
+        """Name of the checkpoint that a launch is writing now; an older one without manifest is being deleted."""
+        steps = {int(path.name.removeprefix("checkpoint-")): path for path in self.run.glob("checkpoint-*")}
+        last = max(steps, default=None)
+        with suppress(FileNotFoundError):
+            if last is not None and not (steps[last] / MANIFEST).exists() and steps[last].stat().st_mtime > since:
+                return steps[last].name
         return None
 
     def _look(self) -> None:
@@ -637,6 +641,18 @@ def _number(value: float | None) -> str:
     return "–" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
+def _made(parts: str, made: Mapping[str, Any]) -> str:
+    """What made some parts, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    launches = f"{made['jobs']} launch{'' if made['jobs'] == 1 else 'es'}"
+    seeds = "seed of weights, draws and dropout 0" + (f", of the kills {made['seed']}" if "kills" in parts else "")
+    return (
+        f"- {parts}: `{made['command']}`\n"
+        f"  at commit {made['commit']}, {made['time']}, {made['hardware']}, {launches} at a time; {seeds};\n"
+        f"  {versions}.\n"
+    )
+
+
 def page(results: Mapping[str, Any]) -> str:
     """The whole text of docs/distributed.md."""
     equal = {(row["stage"], row["strategy"]): row for row in results["resumed"]}
@@ -661,7 +677,9 @@ def page(results: Mapping[str, Any]) -> str:
         for number, row in enumerate(results["kills"], 1)
     ]  # fmt: skip
     head = ["stage", "strategy", "split", "loss", "LoRA", "rows", "resumed", "training s", "command s", "peak MiB"]
-    settings = results["settings"]
+    makers: dict[str, list[str]] = {}  # parts that one command made
+    for part in PARTS:
+        makers.setdefault(json.dumps(results["made"][part]), []).append(part)
     return PAGE_TEXT.format(
         splits=_table(head, rows),
         kills=_table(["", "stage", "strategy", "kept", "killed", "went on from", "equal"], kills),
@@ -669,17 +687,13 @@ def page(results: Mapping[str, Any]) -> str:
         turns=len(results["kills"]),
         times=sum(len(row["kills"]) for row in results["kills"]),
         faults="\n".join(f"- {fault}" for fault in faults(results)) or "Nothing is beyond its tolerance.",
-        command=" ".join(results["command"]) if isinstance(results["command"], list) else results["command"],
-        commit=results["commit"],
-        hardware=results["hardware"],
-        time=results["time"],
-        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        data=results["made"]["splits"]["data"],
+        made="\n".join(_made(", ".join(parts), json.loads(made)) for made, parts in makers.items()),
         loss_tolerance=LOSS_TOLERANCE,
         lora_tolerance=LORA_TOLERANCE,
         rows_tolerance=ROWS_TOLERANCE,
         split_steps=SPLIT_STEPS,
         resumed_steps=RESUMED_STEPS,
-        **settings,
     )
 
 
@@ -725,11 +739,7 @@ whole, and there was a whole checkpoint at every moment after the first.
 {kills}
 ## Made by
 
-    {command}
-
-Commit {commit}, {time}, {hardware}; {jobs} launches at a time. Seed of weights, draws and dropout 0, of the kills {seed}.
-{versions}.
-"""
+{made}"""
 
 
 # --- main ---------------------------------------------------------------------------------------------------------------
@@ -747,6 +757,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="json file of results")
     parser.add_argument("--data-dir", type=Path, help="folder that holds ml-100k/; without it a made-up log")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run; the file's rows of other parts are kept"
+    )
     parser.add_argument("--kills", type=int, default=20, help="turns of the kill loop")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument(
@@ -761,32 +774,27 @@ def main() -> None:
     strategies = [*STRATEGIES, *(["fsdp2"] if several_gpus else [])]
     fits = [part for part in SPLITS if not several_gpus or part[0] <= torch.cuda.device_count()]
     data = "MovieLens-100K" if args.data_dir else "a made-up log of 200 users and 120 items"
-    results: dict[str, Any] = provenance() | {
-        "settings": {"seed": args.seed, "data": data, "jobs": args.jobs},
-        "splits": [],
-        "resumed": [],
-        "kills": [],
-    }
+    results = read_json(args.out) if args.out.is_file() else {"made": {}} | {part: [] for part in PARTS}
+    made = provenance() | {"seed": args.seed, "data": data, "jobs": args.jobs}
+    results |= {"made": results["made"] | {part: made for part in args.parts}} | {part: [] for part in args.parts}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         ground = Ground.make(Path(folder), args.data_dir)
         interrupted = Interrupted(ground)
-        references = list(pool.map(lambda stage: one_process(ground, stage), STAGES))
-        rows = [
-            ("splits", pool.submit(split, ground, strategy, stage, *part))
-            for stage in STAGES
-            for strategy in strategies
-            for part in fits
-        ]
-        rows += [("resumed", pool.submit(resumed, interrupted, name, stage)) for stage in STAGES for name in strategies]
-        rows += [("kills", pool.submit(random_turn, interrupted, args.seed, turn)) for turn in range(args.kills)]
-        results["splits"] += references
+        pairs = [(strategy, stage) for stage in STAGES for strategy in strategies]
+        rows: list[tuple[str, Future[dict[str, Any]]]] = []
+        if "splits" in args.parts:
+            results["splits"] += pool.map(lambda stage: one_process(ground, stage), STAGES)
+            rows += [("splits", pool.submit(split, ground, *pair, *part)) for pair in pairs for part in fits]
+        if "resumed" in args.parts:
+            rows += [("resumed", pool.submit(resumed, interrupted, *pair)) for pair in pairs]
+        if "kills" in args.parts:
+            rows += [("kills", pool.submit(random_turn, interrupted, args.seed, turn)) for turn in range(args.kills)]
         for part, done in rows:
             row = done.result()
             results[part].append(row)
             write_json(args.out, results)
-            print(
-                f"{part}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "command"), flush=True
-            )
+            shown = ", ".join(f"{key} {value}" for key, value in row.items() if key != "command")
+            print(f"{part}: {shown}", flush=True)
     write_page(results)
     print(f"written to {args.out} and {PAGE.relative_to(REPOSITORY)}")
     if found := faults(results):
