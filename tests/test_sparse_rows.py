@@ -55,6 +55,7 @@ def trainer(home: Path, data: Data, tmp_path: Path) -> Callable[..., GenRecTrain
         model: dict[str, Any] | None = None,
         masks: int = 0,
         sparse: bool = True,
+        user_dropout: float = 0.3,
         **arguments: Any,
     ) -> GenRecTrainer:
         settings: dict[str, Any] = {
@@ -68,9 +69,9 @@ def trainer(home: Path, data: Data, tmp_path: Path) -> Callable[..., GenRecTrain
         options = {"lora_dropout": 0.0, "dropout": 0.0, "row_init": "random"} | (model or {})
         built = build_model(ModelArguments(backbone=str(home / kind), lora_r=2, **options), training, data)
         task: Task = (
-            MaskedItem(data.train, built.layout, seed=0, masks_per_sequence=masks, user_dropout=0.3)
+            MaskedItem(data.train, built.layout, seed=0, masks_per_sequence=masks, user_dropout=user_dropout)
             if masks
-            else NextItem(data.train, built.layout, seed=0, user_dropout=0.3)
+            else NextItem(data.train, built.layout, seed=0, user_dropout=user_dropout)
         )
         return GenRecTrainer(built.model, training, task=task, layout=built.layout, validation=None)
 
@@ -84,7 +85,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def users_of_steps(built: GenRecTrainer, steps: int) -> np.ndarray:
     first = built.layout.first_user_id
     ids = [batch["input_ids"][:, 0].numpy() - first for batch in built.get_train_dataloader()]
-    return np.unique(np.concatenate(ids[:steps]))
+    return np.unique(np.concatenate(ids[: steps * built.args.gradient_accumulation_steps]))
 
 
 # --- gradients ------------------------------------------------------------
@@ -181,8 +182,8 @@ def test_where_every_user_is_in_every_step_training_is_that_of_dense_rows(traine
     for sparse in (False, True):
         whole = {"global_batch_size": len(trainer(sparse=False).task.lengths), "max_steps": 5, "learning_rate": 1e-3}
         clip = {"max_grad_norm": 0.05, "rows_learning_rate": 3e-2, "gradient_accumulation_steps": 2}
-        built = trainer(sparse=sparse, model={"tuning": tuning}, optim=optim, **whole, **clip)
-        assert len(users_of_steps(built, 1)) == USERS + 1
+        built = trainer(sparse=sparse, user_dropout=0.0, model={"tuning": tuning}, optim=optim, **whole, **clip)
+        assert users_of_steps(built, 1).tolist() == list(range(1, USERS + 1))
         start = trainable(built.model)
         built.train()
         runs[sparse] = trainable(built.model)
@@ -257,9 +258,12 @@ def test_strategies_that_split_tables_refuse_sparse_rows(
     assert f"sparse_user_rows: {name} " in str(caught.value) and "--users hashed" in str(caught.value)
 
 
-def test_sparse_rows_without_user_rows_are_refused(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sparse_user_rows: there are no user rows with --users none"):
+def test_sparse_rows_without_user_rows_are_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
         train(home, tmp_path / "run", "--users", "none")
+    assert "error: sparse_user_rows: there are no user rows with --users none" in capsys.readouterr().err
 
 
 # --- whole runs -----------------------------------------------------------
@@ -319,9 +323,12 @@ def test_a_run_that_goes_on_ends_bit_for_bit_as_one_that_was_not_stopped(
             assert torch.equal(state[0][key][name], state[1][key][name])
 
 
-def test_a_checkpoint_of_sparse_rows_does_not_go_on_with_dense_ones(home: Path, whole_run: Path) -> None:
-    with pytest.raises(ConfigError, match="was made with sparse_user_rows True, now it is False"):
+def test_a_checkpoint_of_sparse_rows_does_not_go_on_with_dense_ones(
+    home: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
         train(home, whole_run, "--sparse-user-rows", "false")
+    assert "was made with sparse_user_rows True, now it is False" in capsys.readouterr().err
 
 
 def test_two_processes_train_the_rows_of_one(home: Path, whole_run: Path, tmp_path: Path) -> None:
