@@ -199,8 +199,9 @@ def test_where_every_user_is_in_every_step_training_is_that_of_dense_rows(traine
     assert (runs[True][table] - start[table]).abs().max() > 1e-2
 
 
-def test_rows_that_are_in_no_step_do_not_move_at_all(trainer) -> None:
-    built = trainer(max_steps=2, max_grad_norm=0.01, global_batch_size=8)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_rows_that_are_in_no_step_do_not_move_at_all(trainer, bf16: bool) -> None:
+    built = trainer(max_steps=2, max_grad_norm=0.01, global_batch_size=8, bf16=bf16)
     in_steps = users_of_steps(built, 2)
     others = np.setdiff1d(np.arange(USERS + 1), in_steps)
     assert len(others)
