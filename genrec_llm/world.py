@@ -92,16 +92,16 @@ def describe_launch(args: GenRecTrainingArguments, state: AcceleratorState) -> d
             f"optim: {optimizer} under DeepSpeed, which makes one flat tensor of a group, would keep the state of id rows "
             "in 8 bits: leave optim out (ZeRO shares the state out already), or launch with ddp"
         )
-    if args.sparse_user_rows and (asked["DeepSpeed"] or asked["FSDP"]):
-        name, why = (
-            ("DeepSpeed", "makes one flat tensor of the gradients and reduces no sparse ones")
-            if asked["DeepSpeed"]
-            else ("FSDP", "splits every table over the processes and has no sparse gradients")
-        )
-        problems.append(
-            f"sparse_user_rows: {name} {why}: launch with accelerate_configs/ddp.yaml, or leave it out and keep the table "
-            "small with --users hashed --user-buckets 10000"
-        )
+    split = {
+        "DeepSpeed": "makes one flat tensor of the gradients and reduces no sparse ones",
+        "FSDP": "splits every table over the processes and has no sparse gradients",
+    }
+    problems += [
+        f"sparse_user_rows: {name} {why}: launch with accelerate_configs/ddp.yaml, or leave it out and keep the table small "
+        "with --users hashed --user-buckets 10000"
+        for name, why in split.items()
+        if args.sparse_user_rows and (asked[name] or got[name])
+    ]
     if problems:
         raise ConfigError(problems)
     return facts
