@@ -129,15 +129,13 @@ class GenRecBackbone(PreTrainedModel):
         new = torch.where((index < num_items).unsqueeze(-1), items, known)
         return torch.where((index >= 0).unsqueeze(-1), new.to(embedded.dtype), embedded)
 
-    def first_users(self, input_ids: Tensor) -> Tensor | None:
-        """Rows of the users that the inputs begin with, `[batch, d_model]`, where their gradient is to be sparse.
+    @torch.compiler.disable  # which has no sparse gradients (torch 2.13)
+    def first_users(self, input_ids: Tensor) -> Tensor:
+        """Rows of the users that the inputs begin with, `[batch, d_model]`: all that a sparse gradient has to hold.
 
-        A prompt names no other user than its input, so that no more rows are looked up. None where gradients are dense or
-        not wanted: `embed` looks up users itself then, clamped to the first or last one at other tokens, which as a sparse
-        gradient would touch those.
+        A prompt names no other user than its input. `embed` by itself looks up users at other tokens too, clamped to the
+        first or last one, which a sparse gradient would touch.
         """
-        if not (self.id_tokens.user_in.sparse and torch.is_grad_enabled()):
-            return None
         rows: Tensor = self.id_tokens.user_in(input_ids[:, 0] - self.id_base - self.id_tokens.item_in.num_embeddings)
         return rows
 
@@ -164,7 +162,8 @@ class GenRecBackbone(PreTrainedModel):
             With labels the summed cross-entropy (see `label_smoothing`) over `num_items_in_batch`; without, `logits`
             `[targets, items]` in fp32.
         """
-        users = self.first_users(input_ids)
+        sparse = self.id_tokens.user_in.sparse and torch.is_grad_enabled()
+        users = self.first_users(input_ids) if sparse else None
         encoded = self.get_encoder()(inputs_embeds=self.embed(input_ids, users), attention_mask=attention_mask)
         hidden = encoded.last_hidden_state
         if target_rows is not None:
