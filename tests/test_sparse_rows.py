@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import launch_command, recipe, run
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-from genrec_llm.batching import as_tensors
+from genrec_llm.batching import as_tensors, train_loader
 from genrec_llm.errors import ConfigError
-from genrec_llm.model import id_tokens_of, unwrapped
+from genrec_llm.model import id_tokens_of, prompt_layout, unwrapped
 from genrec_llm.runs import Data, build_model, load_data
 from genrec_llm.sparse_rows import LazyAdamW, exchange, with_dense_gradients
 from genrec_llm.tasks import MaskedItem, NextItem, Task
@@ -300,6 +302,16 @@ def whole_run(home: Path) -> Path:
     return train(home, home / "whole")
 
 
+def shares_of(task: Task, rank: int) -> list[list[dict[str, Tensor]]]:
+    """The micro-batches of a process of two, by step."""
+    micro = list(
+        train_loader(
+            task, global_batch_size=16, accumulation=2, rank=rank, world_size=2, seed=0, workers=0, pin_memory=False
+        )
+    )[:16]
+    return [micro[place : place + 2] for place in range(0, 16, 2)]
+
+
 def values(run: Path) -> dict[str, Tensor]:
     return {name: value for file in FILES for name, value in load_file(run / "adapter" / file).items()}
 
@@ -332,8 +344,19 @@ def test_a_checkpoint_of_sparse_rows_does_not_go_on_with_dense_ones(
     assert "was made with sparse_user_rows True, now it is False" in capsys.readouterr().err
 
 
-def test_two_processes_train_the_rows_of_one(home: Path, whole_run: Path, tmp_path: Path) -> None:
-    """Accumulation and clipping at work; each process has its own users, and another number of them."""
+def test_two_processes_train_the_rows_of_one(home: Path, data: Data, whole_run: Path, tmp_path: Path) -> None:
+    """Accumulation and clipping at work; each process has its own users, and in some steps another number of them."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "t5-untied")
+    task = NextItem(data.train, prompt_layout(tokenizer, data.vocab, max_history=50), seed=0)
+    counts = [
+        [len(np.unique(np.concatenate([micro["input_ids"][:, 0] for micro in step]))) for step in shares_of(task, rank)]
+        for rank in (0, 1)
+    ]
+    assert counts[0] != counts[1]
+    norms = [
+        entry["grad_norm"] for entry in json.loads((whole_run / "log_history.json").read_text()) if "grad_norm" in entry
+    ]
+    assert len(norms) == 8 and min(norms) > 0.5
     output = run(launch_command("ddp", "finetune", *arguments(home, tmp_path / "ddp")))
     assert "strategy MULTI_CPU, world_size 2" in output
     alone, together = values(whole_run), values(tmp_path / "ddp")
