@@ -16,11 +16,13 @@ import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.training_args import OptimizerNames
 
 from genrec_llm.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("8bit", "4bit")
+SPARSE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
@@ -178,6 +180,13 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Learning rate of the id rows; by default that of the rest (--learning-rate)."},
     )
     rows_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the id rows."})
+    sparse_user_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Exchange and update only the user rows of a step, for very many users; others do not move on by "
+            "momentum. One process or DDP, torch's AdamW."
+        },
+    )
     masks_per_sequence: int = field(default=1, metadata={"help": "Pretraining: items hidden in one history."})
     last_item_probability: float = field(
         default=0.0,
@@ -257,6 +266,8 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
                 "auto_batch_size: --deepspeed fixes the accumulation when it is read: launch with a file of "
                 "accelerate_configs/"
             )
+        if self.sparse_user_rows:
+            problems += self._sparse_problems()
         problems += _hub_problems(self.push_to_hub, self.hub_model_id)
         if self.hub_strategy not in ("end", HubStrategy.END):
             problems.append(f"hub_strategy: {self.hub_strategy!r} would share checkpoints: leave it at end")
@@ -270,6 +281,21 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
                 f"{self.gradient_accumulation_steps} accumulation steps"
             )
         self.accumulate(self.gradient_accumulation_steps)
+
+    def _sparse_problems(self) -> list[str]:
+        problems = []
+        optimizer = OptimizerNames(self.optim).value
+        if optimizer not in SPARSE_OPTIMIZERS:
+            problems.append(
+                f"optim: {optimizer} cannot update the rows of a step alone: with --sparse-user-rows take "
+                f"{' or '.join(SPARSE_OPTIMIZERS)}"
+            )
+        if self.rows_weight_decay:
+            problems.append(
+                f"rows_weight_decay: {self.rows_weight_decay} would have to shrink every user row in every step, which "
+                "--sparse-user-rows does not touch: leave one of the two out"
+            )
+        return problems
 
     def accumulate(self, steps: int) -> None:
         """Share the global batch out over so many accumulation steps."""

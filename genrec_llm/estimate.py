@@ -195,12 +195,13 @@ def _facts(
     facts["predicted_scaling"] = []
     if hardware is not None and not shown.run.cpu and (args.step_seconds or hardware.tflops):
         run = replace(shown.run, strategy="ddp") if shown.run.strategy in ONE_DEVICE else shown.run
+        ways = {"sparse": run} if run.sparse_users else {"dense": run}
+        if run.strategy == "ddp" and not run.sparse_users:
+            ways["sparse, with --sparse-user-rows"] = replace(run, sparse_users=True)
         facts["predicted_scaling"] = [
-            {"exchange_of_user_rows": "sparse, not built yet" if sparse else "dense"} | vars(found)
-            for sparse in (False, True)
-            for found in predicted_scaling(
-                shown.shape, run, hardware, step_seconds=args.step_seconds, sparse_users=sparse
-            )
+            {"exchange_of_user_rows": way} | vars(found)
+            for way, one in ways.items()
+            for found in predicted_scaling(shown.shape, one, hardware, step_seconds=args.step_seconds)
         ]
     return facts
 

@@ -19,8 +19,10 @@ from genrec_llm.errors import ConfigError
 Strategy = Literal["cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 ONE_DEVICE = ("cpu", "single_gpu")
+SPARSE_STRATEGIES = (*ONE_DEVICE, "ddp")
+"""Where user rows can have sparse gradients."""
 GIB = 2**30
-FP32, BF16 = 4, 2
+FP32, BF16, INDEX = 4, 2, 8
 USABLE = 0.92
 """Share of a GPU's memory that a run can fill; the rest goes to the CUDA context, NCCL, workspaces and fragments."""
 ZERO3_LIVE = 1_000_000_000
@@ -243,6 +245,7 @@ class Run:
         bf16: bf16 autocast; the frozen backbone is held in bf16 then.
         quantization: of the frozen backbone's linear layers.
         optimizer_bytes: state of the optimizer for each trained element: 8 for AdamW, 2 for its 8-bit form.
+        sparse_users: user rows have sparse gradients (`--sparse-user-rows`); their optimizer state is whole.
     """
 
     items: int
@@ -263,6 +266,7 @@ class Run:
     bf16: bool = False
     quantization: Literal["8bit", "4bit"] | None = None
     optimizer_bytes: float = 8.0
+    sparse_users: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -280,6 +284,8 @@ class Run:
             problems.append(f"strategy: {self.strategy} is for one process, not {self.processes}: take ddp")
         if self.quantization and self.tuning == "full":
             problems.append("quantization: a quantised backbone cannot be tuned in full: take LoRA")
+        if self.sparse_users and self.strategy not in SPARSE_STRATEGIES:
+            problems.append(f"sparse user rows: {self.strategy} has no sparse gradients: take ddp")
         if problems:
             raise ConfigError(problems)
 
@@ -297,6 +303,11 @@ class Run:
     def global_batch(self) -> int:
         """Examples a step."""
         return self.examples * self.processes * self.accumulation
+
+    @property
+    def touched_users(self) -> int:
+        """User rows that a device's examples of a step touch, at most."""
+        return min(self.examples * self.accumulation, self.user_rows)
 
 
 @dataclass(frozen=True)
@@ -375,6 +386,11 @@ def trained_parameters(shape: Shape, run: Run) -> int:
     """Elements that have a gradient."""
     backbone = shape.parameters - shape.head_parameters if run.tuning == "full" else 0
     return backbone + lora_parameters(shape, run) + row_parameters(shape, run)
+
+
+def dense_parameters(shape: Shape, run: Run) -> int:
+    """Elements that have a dense gradient."""
+    return trained_parameters(shape, run) - (run.user_rows * shape.d_model if run.sparse_users else 0)
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -542,7 +558,7 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     everything = frozen + size * trained
     bucket = 2 * size * shape.d_model**2  # reduce_bucket_size auto is d_model², twice for overlap_comm
     if run.strategy == "ddp":
-        static["buffers"] = float(FP32 * trained)  # DDP's buckets are copies of the gradients
+        static["buffers"] = float(FP32 * dense_parameters(shape, run))  # DDP's buckets are copies of the gradients
     elif run.strategy in ("zero1", "zero2"):
         static["buffers"] = float(bucket)
     elif run.strategy in ("zero3", "zero3_offload"):
@@ -553,16 +569,24 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
 
     logits = FP32 * run.examples * run.targets * run.items
     items, users = size * run.items * shape.d_model, size * run.user_rows * shape.d_model
+    pair = FP32 * shape.d_model + INDEX  # a user row's gradient and its index
+    mine = shared = updating = 0  # of sparse gradients: a device's, the sum of all devices', and the copies on the way
+    if run.sparse_users:
+        users = 0
+        mine = pair * run.touched_users
+        shared = pair * min(run.processes * run.touched_users, run.user_rows)
+        gathered = pair * run.processes * run.touched_users if run.processes > 1 else 0
+        updating = max(mine + gathered, 2 * shared)  # both moments of the rows
     words = size * shape.embedding_parameters if full else 0
-    gradients = float(size * trained)
+    gradients = float(size * dense_parameters(shape, run))
     partitioned = run.strategy in ("zero2", "zero3", "zero3_offload", "fsdp2")
     ended = gradients / n if partitioned else gradients
     if offload:
         ended = 0.0
-    before = ended if run.accumulation > 1 else 0.0  # of the micro-batches before
+    before = ended + mine if run.accumulation > 1 else 0.0  # of the micro-batches before
     share = shape.decoder_layers / (shape.encoder_layers + shape.decoder_layers)
     per_decoder = FP32 * (backbone - shape.embedding_parameters if full else lora) * share / (n if partitioned else 1)
-    tables = items * (1 if run.tied_rows else 2) + users + words
+    tables = items * (1 if run.tied_rows else 2) + users + words + mine
     # Another use of a table adds a second gradient for a moment. Where scores use it too, the decoder's part comes on
     # top of theirs, and autograd (torch 2.13) writes that first sum into a third.
     again = max(items, users, words)
@@ -583,10 +607,13 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
         },
         "embedding": {
             "activations": kept.cached_weights,
-            "gradients": ended + tables if run.accumulation > 1 else min(gradients, ended + tables),
+            "gradients": ended + tables if run.accumulation > 1 else min(gradients + mine, ended + tables),
             "temporary": float(again),
         },
-        "update": {"gradients": ended, "temporary": FP32 * trained / n if run.deepspeed and not offload else 0.0},
+        "update": {
+            "gradients": ended + shared,
+            "temporary": FP32 * trained / n if run.deepspeed and not offload else float(updating),
+        },
     }
     return {name: dict.fromkeys(PARTS, 0.0) | static | parts for name, parts in changing.items()}
 
@@ -610,7 +637,8 @@ class Traffic:
 def traffic(shape: Shape, run: Run) -> Traffic:
     """What the strategy communicates in a step, all micro-batches together.
 
-    DDP reduces all gradients in fp32, once a step. DeepSpeed's ZeRO-1 and -2 all-reduce them too (each process then
+    DDP reduces all dense gradients in fp32, once a step; sparse ones of user rows are gathered as (index, row) pairs, as
+    many of each device as of the one that has the most. DeepSpeed's ZeRO-1 and -2 all-reduce them too (each process then
     keeps its part) and gather the updated weights; ZeRO-2 reduces in each micro-batch. ZeRO-3 gathers all weights that
     compute, once where they are few enough to stay (`ZERO3_LIVE`), else again for the backward pass, which is then an upper
     bound; FSDP2 gathers the blocks twice and the rest once.
@@ -619,7 +647,8 @@ def traffic(shape: Shape, run: Run) -> Traffic:
         return Traffic()
     size, trained = _trained_size(run), trained_parameters(shape, run)
     if run.strategy == "ddp":
-        return Traffic(all_reduce=FP32 * trained)
+        pairs = run.processes * run.touched_users * (FP32 * shape.d_model + INDEX) if run.sparse_users else 0
+        return Traffic(all_reduce=FP32 * dense_parameters(shape, run), all_gather=pairs)
     if run.strategy in ("zero1", "zero2"):
         times = run.accumulation if run.strategy == "zero2" else 1
         return Traffic(all_reduce=size * trained * times, all_gather=size * trained)
@@ -806,6 +835,8 @@ def by_strategy(
 ) -> dict[str, Estimate]:
     """The same run under each strategy that its number of devices allows."""
     names = [run.strategy] if run.cpu else [ONE_DEVICE[1]] if run.processes == 1 else STRATEGIES[2:]
+    if run.sparse_users:
+        names = [name for name in names if name in SPARSE_STRATEGIES]
     return {
         name: estimate(shape, replace(run, strategy=name), hardware, examples=examples)  # type: ignore[arg-type]
         for name in names
@@ -834,7 +865,6 @@ def predicted_scaling(
     *,
     processes: Sequence[int] = (8, 64),
     step_seconds: float | None = None,
-    sparse_users: bool = False,
     imbalance: float = 0.01,
 ) -> list[Scaling]:
     """Weak scaling at `run.examples` a device: communication is added to the step, none of it hidden.
@@ -842,8 +872,6 @@ def predicted_scaling(
     Args:
         run: as under the strategy on many devices.
         step_seconds: a measured step of one device; without it, predicted from `hardware`.
-        sparse_users: exchange only the user rows of the batch, as (index, row) pairs gathered from all devices, in
-            place of a dense reduction of the whole table. A model of an exchange that is not built yet.
         imbalance: how much longer the slowest device computes than the mean, when examples are dealt by length.
 
     Raises:
@@ -858,11 +886,6 @@ def predicted_scaling(
     for count in processes:
         many = replace(run, processes=count)
         sent = traffic(shape, many).sent(count)
-        if sparse_users:
-            known = replace(many, user_rows=1)
-            row = FP32 * shape.d_model + 8  # and its index
-            touched = min(run.examples * run.accumulation, run.user_rows)
-            sent = traffic(shape, known).sent(count) + (count - 1) * touched * row
         seconds = sent / hardware.bandwidth(count)
         found.append(Scaling(count, sent, seconds, alone / (alone * (1 + imbalance) + seconds)))
     return found
@@ -923,6 +946,7 @@ def estimate_run(
         bf16=training_args.bf16,
         quantization=model_args.quantization,
         optimizer_bytes=0.0 if optimizer == "sgd" else 2.0 if "8bit" in optimizer else 8.0,
+        sparse_users=training_args.sparse_user_rows,
     )
     return estimate(shape, run, hardware, examples=examples)
 

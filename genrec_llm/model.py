@@ -113,16 +113,31 @@ class GenRecBackbone(PreTrainedModel):
         """Attach the rows; token ids from `base` (the size of the base tokenizer) on are items, then users."""
         self.id_tokens, self.id_base = id_tokens, base
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input embeddings of token ids, `[…] → […, d_model]`, in the backbone's dtype."""
+    def embed(self, ids: Tensor, users: Tensor | None = None) -> Tensor:
+        """Input embeddings of token ids, `[…] → […, d_model]`, in the backbone's dtype.
+
+        Args:
+            users: what stands for any user token of a row of ids, `[batch, d_model]`; by default user rows are looked up
+                at every position.
+        """
         index = ids - self.id_base
         embedded = self.get_input_embeddings()(ids.masked_fill(index >= 0, 0))
         item_in, user_in = self.id_tokens.item_in, self.id_tokens.user_in
         num_items, num_users = item_in.num_embeddings, user_in.num_embeddings
         items = item_in(index.clamp(0, num_items - 1))
-        users = user_in((index - num_items).clamp(0, num_users - 1))
-        new = torch.where((index < num_items).unsqueeze(-1), items, users)
+        known = user_in((index - num_items).clamp(0, num_users - 1)) if users is None else users.unsqueeze(-2)
+        new = torch.where((index < num_items).unsqueeze(-1), items, known)
         return torch.where((index >= 0).unsqueeze(-1), new.to(embedded.dtype), embedded)
+
+    @torch.compiler.disable  # which has no sparse gradients (torch 2.13)
+    def first_users(self, input_ids: Tensor) -> Tensor:
+        """Rows of the users that the inputs begin with, `[batch, d_model]`: all that a sparse gradient has to hold.
+
+        A prompt names no other user than its input. `embed` by itself looks up users at other tokens too, clamped to the
+        first or last one, which a sparse gradient would touch.
+        """
+        rows: Tensor = self.id_tokens.user_in(input_ids[:, 0] - self.id_base - self.id_tokens.item_in.num_embeddings)
+        return rows
 
     def forward(
         self,
@@ -147,12 +162,15 @@ class GenRecBackbone(PreTrainedModel):
             With labels the summed cross-entropy (see `label_smoothing`) over `num_items_in_batch`; without, `logits`
             `[targets, items]` in fp32.
         """
-        encoded = self.get_encoder()(inputs_embeds=self.embed(input_ids), attention_mask=attention_mask)
+        sparse = self.id_tokens.user_in.sparse and torch.is_grad_enabled()
+        users = self.first_users(input_ids) if sparse else None
+        encoded = self.get_encoder()(inputs_embeds=self.embed(input_ids, users), attention_mask=attention_mask)
         hidden = encoded.last_hidden_state
         if target_rows is not None:
             hidden, attention_mask = hidden[target_rows], attention_mask[target_rows]
+            users = None if users is None else users[target_rows]
         decoded = self.get_decoder()(
-            inputs_embeds=self.embed(decoder_input_ids),
+            inputs_embeds=self.embed(decoder_input_ids, users),
             encoder_hidden_states=hidden,
             encoder_attention_mask=attention_mask,
             use_cache=False,

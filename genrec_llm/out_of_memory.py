@@ -126,7 +126,7 @@ def describe(found: Estimate) -> str:
         switches.append((f"--gradient-accumulation-steps {2 * run.accumulation}", more))
     if run.tuning == "lora" and run.quantization is None and run.strategy not in ("zero3", "zero3_offload", "fsdp2"):
         switches.append(("--quantization 4bit", {"quantization": "4bit"}))
-    if run.processes > 1:
+    if run.processes > 1 and not run.sparse_users:
         for strategy in STRONGER.get(run.strategy, ()):
             switches.append((f"accelerate_configs/{strategy}.yaml", {"strategy": strategy}))
     totals = {name: estimate(found.shape, replace(run, **changes)).total for name, changes in switches}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from collections.abc import Collection, Iterator, Mapping
@@ -36,6 +37,7 @@ from genrec_llm.guards import EarlyStopping, Losses, SameWeights, StopOnSignal
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.out_of_memory import fitting_accumulation
+from genrec_llm.sparse_rows import LazyAdamW, exchange, make_sparse, with_dense_gradients
 from genrec_llm.tasks import IntArray, PromptLayout, Task
 from genrec_llm.world import describe_launch, leave
 
@@ -51,7 +53,7 @@ class GenRecTrainer(Seq2SeqTrainer):
         validation: users, histories and targets ranked at every evaluation; None for no validation.
 
     Raises:
-        ConfigError: the launch is not what was asked for, see `describe_launch`.
+        ConfigError: the launch is not what was asked for, see `describe_launch`, or sparse user rows without users.
     """
 
     args: GenRecTrainingArguments
@@ -70,6 +72,10 @@ class GenRecTrainer(Seq2SeqTrainer):
         self.task, self.layout = task, layout
         self.masters: dict[str, Tensor] = {}
         self.counted = False
+        if args.sparse_user_rows:
+            if not layout.user_token:
+                raise ConfigError("sparse_user_rows: there are no user rows with --users none: leave it out")
+            make_sparse(model, id_tokens_of(model).user_in)
         if args.auto_batch_size:
             args.accumulate(fitting_accumulation(model, task, args))
         super().__init__(model=model, args=args, eval_dataset=validation)
@@ -103,9 +109,10 @@ class GenRecTrainer(Seq2SeqTrainer):
         model = self.model if model is None else model
         decay = set(self.get_decay_parameter_names(model))
         rows = {id(parameter) for parameter in id_tokens_of(model).parameters()}
+        sparse = [id_tokens_of(model).user_in.weight] if self.args.sparse_user_rows else []
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or any(parameter is table for table in sparse):
                 continue
             if id(parameter) in rows:
                 scale = name.endswith("item_out.scale")  # one factor of all scores, no row
@@ -120,20 +127,40 @@ class GenRecTrainer(Seq2SeqTrainer):
                 f"optim: {OptimizerNames(self.args.optim).value} needs a package that does not load here ({error}): for "
                 "those of bitsandbytes pip install 'genrec-llm[quant]', or leave optim out"
             ) from error
-        optimizer: torch.optim.Optimizer = optimizer_class(
-            [{"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()],
-            **settings,
-        )
+        parts: list[dict[str, Any]] = [
+            {"params": part, "lr": rate, "weight_decay": weight} for (rate, weight), part in groups.items()
+        ]
+        if sparse:
+            optimizer_class = LazyAdamW
+            parts.append({"params": sparse, "lr": self.args.rows_rate, "weight_decay": 0.0, "fused": False})
+        optimizer: torch.optim.Optimizer = optimizer_class(parts, **settings)
         if settings.get("optim_bits") == 8:
             keep_rows_in_32_bits(optimizer, rows)
         self.optimizer = optimizer
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's; the loss is looked at where it is."""
+        """As the Trainer's; the loss is looked at where it is, sparse gradients are shared after the last micro-batch."""
         loss: Tensor = super().training_step(*args, **kwargs)
+        if self.args.sparse_user_rows and self.accelerator.sync_gradients:
+            exchange(id_tokens_of(self.model).user_in.weight, self.args.world_size)
         self.losses.see(loss * self.args.gradient_accumulation_steps, self.state.global_step + 1)
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the Trainer's, sparse gradients counted in."""
+        if not self.args.sparse_user_rows:
+            return super()._clip_grad_norm(model)
+        return self._clipped(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the Trainer's, sparse gradients counted in."""
+        if self.args.sparse_user_rows and grad_norm is None:
+            grad_norm = self._clipped(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _clipped(self, model: nn.Module, most: float) -> Any:
+        return self.accelerator.clip_grad_norm_(list(with_dense_gradients(model.parameters())), most)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """As the Trainer's; the first step is counted over all processes.

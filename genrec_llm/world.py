@@ -36,7 +36,7 @@ def describe_launch(args: GenRecTrainingArguments, state: AcceleratorState) -> d
 
     Raises:
         ConfigError: the launcher promised several processes, DeepSpeed or FSDP, and the Trainer got something else; an
-            optimizer that does not go with the strategy.
+            optimizer, or sparse user rows, that do not go with the strategy.
     """
     facts: dict[str, Any] = {
         "strategy": state.distributed_type.value,
@@ -92,6 +92,16 @@ def describe_launch(args: GenRecTrainingArguments, state: AcceleratorState) -> d
             f"optim: {optimizer} under DeepSpeed, which makes one flat tensor of a group, would keep the state of id rows "
             "in 8 bits: leave optim out (ZeRO shares the state out already), or launch with ddp"
         )
+    split = {
+        "DeepSpeed": "makes one flat tensor of the gradients and reduces no sparse ones",
+        "FSDP": "splits every table over the processes and has no sparse gradients",
+    }
+    problems += [
+        f"sparse_user_rows: {name} {why}: launch with accelerate_configs/ddp.yaml, or leave it out and keep the table small "
+        "with --users hashed --user-buckets 10000"
+        for name, why in split.items()
+        if args.sparse_user_rows and (asked[name] or got[name])
+    ]
     if problems:
         raise ConfigError(problems)
     return facts

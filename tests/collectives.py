@@ -1,9 +1,10 @@
 """Counts the bytes that a real step hands to collectives, on a fake process group of any size; run by test_memory.
 
-    python collectives.py STRATEGY WORLD TUNING PRECISION [once]
+    python collectives.py STRATEGY WORLD TUNING PRECISION [once] [sparse]
 
 A fake group has one real process and answers at once, so shapes and bytes are those of a real group. Prints json. With
-`once` ZeRO-3 keeps nothing gathered for a second use, as it is for a backbone above its limit.
+`once` ZeRO-3 keeps nothing gathered for a second use, as it is for a backbone above its limit; with `sparse` DDP leaves the
+user rows to `sparse_rows.exchange`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config
 
-from genrec_llm.model import GenRecUntiedT5, IdTokens, add_lora
+from genrec_llm.model import GenRecUntiedT5, IdTokens, add_lora, id_tokens_of
+from genrec_llm.sparse_rows import exchange, make_sparse
 
 GEOMETRY = {
     "vocab_size": 200, "d_model": 64, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2,
@@ -46,8 +48,11 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def ddp(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Counter[str]:
-    """torch's DDP: what its reducer hands to the all-reduce, bucket by bucket."""
+def ddp(model: torch.nn.Module, batch: dict[str, torch.Tensor], world: int, *, sparse: bool) -> Counter[str]:
+    """torch's DDP: what its reducer hands to the all-reduce, bucket by bucket; and the exchange of sparse user rows."""
+    users = id_tokens_of(model).user_in
+    if sparse:
+        make_sparse(model, users)
     counted: Counter[str] = Counter()
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are text
@@ -59,6 +64,10 @@ def ddp(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Counter[str]:
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     wrapped.register_comm_hook(None, hook)
     wrapped(**batch).loss.backward()
+    if sparse:
+        with Counted() as pairs:
+            exchange(users.weight, world)
+        counted += pairs.bytes
     return counted
 
 
@@ -120,12 +129,13 @@ def main() -> None:
     else:
         model.get_output_embeddings().requires_grad_(False)
     ids = torch.randint(0, 1000, (EXAMPLES, 11))
+    ids[:, 0] = 150 + ITEMS + torch.arange(EXAMPLES)  # a user each
     batch = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :2],
         "labels": torch.randint(0, ITEMS, (EXAMPLES,)),
     }  # fmt: skip
     if strategy == "ddp":
-        counted = ddp(model, batch)
+        counted = ddp(model, batch, world, sparse="sparse" in sys.argv)
     elif strategy == "fsdp2":
         counted = fsdp2(model, batch, world)
     else:

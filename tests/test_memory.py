@@ -150,7 +150,9 @@ def test_the_peak_of_a_small_training_is_within_15_percent_of_the_measured_one()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5-mid-lora", "t5-mid-full", "logits", "bart-full", "t5-mid-pretraining"])
+@pytest.mark.parametrize(
+    "name", ["t5-mid-lora", "t5-mid-full", "logits", "bart-full", "t5-mid-pretraining", "many-users-sparse"]
+)
 def test_the_peak_of_a_training_is_within_15_percent_of_the_measured_one(name: str) -> None:
     assert abs(deviation(name)) < 0.15
 
@@ -217,15 +219,15 @@ def counted(*arguments: object) -> dict[str, int]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def assert_counted(strategy: Any, world: int, tuning: Any, precision: str, *once: str) -> None:
+def assert_counted(strategy: Any, world: int, tuning: Any, precision: str, *more: str) -> None:
     from collectives import EXAMPLES, GEOMETRY, ITEMS, USERS
 
     shape = Shape.from_config({"model_type": "t5", **GEOMETRY}, own_head=True)
     run = Run(
         items=ITEMS, user_rows=USERS, examples=EXAMPLES, tuning=tuning, strategy=strategy, processes=world,
-        bf16=precision == "bf16",
+        bf16=precision == "bf16", sparse_users="sparse" in more,
     )  # fmt: skip
-    expected, found = traffic(shape, run), counted(strategy, world, tuning, precision, *once)
+    expected, found = traffic(shape, run), counted(strategy, world, tuning, precision, *more)
     # 1 %: tensors are padded to a multiple of the group, and a norm goes along.
     for kind, size in (
         ("allreduce", expected.all_reduce), ("allgather", expected.all_gather), ("reduce_scatter", expected.reduce_scatter),
@@ -235,6 +237,11 @@ def assert_counted(strategy: Any, world: int, tuning: Any, precision: str, *once
 
 def test_ddp_sends_what_is_counted_at_64_ranks() -> None:
     assert_counted("ddp", 64, "lora", "fp32")
+
+
+@pytest.mark.parametrize("world", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_sparse_user_rows_send_what_is_counted(world: int) -> None:
+    assert_counted("ddp", world, "lora", "fp32", "sparse")
 
 
 @pytest.mark.slow
@@ -281,10 +288,10 @@ def test_predicted_scaling_of_flan_t5_xl_on_beauty() -> None:
 def test_a_dense_reduction_of_a_million_users_scales_badly_and_a_sparse_exchange_does_not() -> None:
     card, run = HARDWARE["h100"], replace(BEAUTY, user_rows=1_000_001)
     assert max(found.efficiency for found in predicted_scaling(XL, run, card)) < 0.85
-    sparse = predicted_scaling(XL, run, card, sparse_users=True)
+    sparse = predicted_scaling(XL, replace(run, sparse_users=True), card)
     assert sparse[0].efficiency >= 0.97 and sparse[1].efficiency >= 0.92
     known = predicted_scaling(XL, replace(run, user_rows=1), card)[1]
-    assert sparse[1].sent - known.sent == 63 * 1_024 * (2_048 * 4 + 8)
+    assert sparse[1].sent - known.sent == 63 * 1_024 * (2_048 * 4 + 8) - 2 * 63 / 64 * 2_048 * 4
 
 
 def test_a_measured_step_takes_the_place_of_the_predicted_one() -> None:
@@ -365,7 +372,30 @@ def test_the_verb_needs_no_data_and_no_network(monkeypatch: Any, capsys: Any) ->
     assert "ddp, 8 x 128 examples x 1 accumulated = 1024 a step" in printed
     assert "predicted epoch:" in printed and "129 steps" in printed
     assert "Recommended: ddp" in printed and "Next: genrec finetune --strategy ddp --processes 8" in printed
-    assert "not built yet: 0.9" in printed
+    assert "user rows exchanged dense: 0.9" in printed
+    assert "user rows exchanged sparse, with --sparse-user-rows: 0.9" in printed
+
+
+def test_the_verb_reads_sparse_user_rows_and_offers_only_what_has_them(monkeypatch: Any, capsys: Any) -> None:
+    flags = ("--items", "12101", "--users", "1000000", "--backbone", "google/flan-t5-xl", "--bf16", "--processes", "8")
+    dense = json.loads(genrec(monkeypatch, capsys, *flags, "--strategy", "ddp", "--json"))
+    sparse = json.loads(genrec(monkeypatch, capsys, *flags, "--strategy", "ddp", "--json", "--sparse-user-rows"))
+    assert sparse["strategies"].keys() == {"ddp"} and {"ddp", "zero2"} < dense["strategies"].keys()
+    table = 1_000_001 * 2048 * 4
+    saved = {part: dense["largest_bytes"][part] - sparse["largest_bytes"][part] for part in dense["largest_bytes"]}
+    assert saved["optimizer state"] == saved["id rows"] == 0, "both stay whole"
+    assert saved["buffers"] == table and 0.99 * table < saved["gradients"] < table
+    assert {found["exchange_of_user_rows"] for found in sparse["predicted_scaling"]} == {"sparse"}
+    with pytest.raises(SystemExit):
+        genrec(monkeypatch, capsys, *flags, "--strategy", "zero2", "--sparse-user-rows")
+    assert "zero2 has no sparse gradients: take ddp" in capsys.readouterr().err
+
+
+def test_sparse_user_rows_take_less_than_dense_ones_and_more_with_more_examples() -> None:
+    run = replace(BEAUTY, examples=4, processes=8, user_rows=1_000_000)
+    sparse = estimate(XL, replace(run, sparse_users=True)).total
+    assert sparse < estimate(XL, run).total - 2 * 8e9, "neither the gradient nor DDP's copy of it"
+    assert estimate(XL, replace(run, sparse_users=True, examples=128)).total > sparse
 
 
 def test_the_verb_reads_a_recipes_data_and_prints_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -74,6 +74,9 @@ CASES: dict[str, Case] = {
     "large-catalogue-untied": Case(
         "t5", T5_MID, {"items": 200_000, "user_rows": 1, "examples": 32, "tied_rows": False}
     ),
+    "many-users-sparse": Case(
+        "t5", T5_MID, {"items": 5_000, "user_rows": 300_000, "examples": 128, "sparse_users": True}
+    ),
     "logits": Case("t5", T5_MICRO, {"items": 100_000, "user_rows": 1, "examples": 384}, history=4),
     "t5-micro-full": Case("t5", T5_MICRO, {"items": 12_101, "user_rows": 1, "examples": 256, "tuning": "full"}),
     "bart-lora": Case("bart", bart(512, 4, 2048, 8), {"items": 12_101, "user_rows": 1_000, "examples": 64}),
@@ -163,7 +166,8 @@ def train(case: Case) -> dict[str, int]:
         training = GenRecTrainingArguments(
             output_dir=folder, max_steps=3, global_batch_size=run.examples * run.accumulation,
             gradient_accumulation_steps=run.accumulation, use_cpu=not cuda, bf16=run.bf16, eval_strategy="no",
-            save_strategy="no", load_best_model_at_end=False, disable_tqdm=True, **case.settings,
+            save_strategy="no", load_best_model_at_end=False, disable_tqdm=True, sparse_user_rows=run.sparse_users,
+            **case.settings,
         )  # fmt: skip
         trainer = GenRecTrainer(model, training, task=task, layout=layout, validation=None)
         trainer.train()
