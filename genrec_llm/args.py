@@ -39,13 +39,14 @@ def _raise(problems: list[str]) -> None:
 def _refuse_stale_store() -> None:
     """After a restart by the launcher, processes meet at the store of the attempt before, whose addresses are dead.
 
-    torch 2.13 makes a new store only for the c10d rendezvous, and only when it is told not to share it.
+    torch 2.13 makes a new store only for the c10d rendezvous, and only when it is told not to share it. Said at the first
+    start: at a restart the nodes may count differently, and those that still count none would hang.
     """
-    again, shared = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
-    if again != "0" and shared == "True":
+    restarts, shared = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts != "0" and shared == "True":
         raise ConfigError(
-            "launch: this is a restart (--max_restarts) whose processes would hang over the addresses of those before: set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --rdzv_backend c10d to accelerate launch"
+            "launch: after a restart (--max_restarts) processes would hang over the addresses of those before: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --rdzv_backend c10d to the launcher"
         )
 
 

@@ -33,10 +33,12 @@ def broken(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return "stopped while it was written: it has no manifest"
     try:
-        listed = read_json(folder / MANIFEST)["files"]
+        manifest = read_json(folder / MANIFEST)
     except DataError as error:
         return str(error)
-    return next(iter(changed_files(folder, listed)), None)
+    if "launch" not in manifest:
+        return "an earlier version wrote it"
+    return next(iter(changed_files(folder, manifest["files"])), None)
 
 
 def is_complete(folder: Path) -> bool:
@@ -44,10 +46,25 @@ def is_complete(folder: Path) -> bool:
     return broken(folder) is None
 
 
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their steps, earliest first, whole or not."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in run.glob("checkpoint-*")}
+    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
+
+
+def remove_later(run: Path, step: int) -> None:
+    """Remove what a run that was stopped had begun to write beyond the step it is at now.
+
+    It is not whole, or training would have gone on from it; left there, it would count as the newest one.
+    """
+    for later, folder in checkpoints(run).items():
+        if later > step:
+            shutil.rmtree(folder)
+
+
 def last_complete_checkpoint(run: Path) -> str | None:
     """The newest checkpoint of a run that is whole; broken ones are skipped with a warning that names the file."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for folder in reversed(checkpoints(run).values()):
         reason = broken(folder)
         if reason is None:
             return str(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -60,7 +61,8 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         """From here on there is something to save."""
         self.store = connect("stop", args.ddp_timeout)
-        self.before = signal.signal(signal.SIGTERM, self._hear)
+        if threading.current_thread() is threading.main_thread():  # nobody else is told of signals
+            self.before = signal.signal(signal.SIGTERM, self._hear)
         if args.process_index == 0:
             self._decide(state.global_step + 1)
 
@@ -68,7 +70,8 @@ class StopOnSignal(TrainerCallback):
         self, args: GenRecTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Training is over: a signal ends the process as before."""
-        signal.signal(signal.SIGTERM, self.before)
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True

@@ -26,6 +26,7 @@ from genrec_llm.checkpoints import (
     join_partitions,
     last_complete_checkpoint,
     needs_joining,
+    remove_later,
     write_manifest,
 )
 from genrec_llm.decoding import mask_seen, rank_targets
@@ -37,7 +38,7 @@ from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.out_of_memory import fitting_accumulation
 from genrec_llm.sparse_rows import LazyAdamW, exchange, make_sparse, with_dense_gradients
-from genrec_llm.tasks import PromptLayout, Task
+from genrec_llm.tasks import IntArray, PromptLayout, Task
 from genrec_llm.world import describe_launch, leave
 
 
@@ -70,6 +71,7 @@ class GenRecTrainer(Seq2SeqTrainer):
     ) -> None:
         self.task, self.layout = task, layout
         self.masters: dict[str, Tensor] = {}
+        self.counted = False
         if args.sparse_user_rows:
             if not layout.user_token:
                 raise ConfigError("sparse_user_rows: there are no user rows with --users none: leave it out")
@@ -160,11 +162,34 @@ class GenRecTrainer(Seq2SeqTrainer):
     def _clipped(self, model: nn.Module, most: float) -> Any:
         return self.accelerator.clip_grad_norm_(list(with_dense_gradients(model.parameters())), most)
 
-    def _about_batch(self, step: int) -> str:
-        """Whose histories were in a step, by row, and what to do; no raw id."""
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """As the Trainer's; the first step is counted over all processes.
+
+        Raises:
+            ConfigError: its examples are not those of the global batch.
+        """
+        samples, targets = super().get_batch_samples(*args, **kwargs)
+        if not self.counted:
+            self.counted = True
+            here = torch.tensor(sum(len(batch["input_ids"]) for batch in samples), device=self.args.device)
+            step = self.state.global_step + 1
+            got, wanted = int(self.accelerator.reduce(here, "sum")), len(self._examples(step))
+            if got != wanted:
+                raise ConfigError(
+                    f"launch: the processes were given {got} examples in step {step}, whose global batch has {wanted}: "
+                    "something shares the batches out a second time; launch with a file of accelerate_configs/"
+                )
+        return samples, targets
+
+    def _examples(self, step: int) -> IntArray:
+        """The global batch of a step, counted from 1."""
         batches = GlobalBatches(self.task.lengths, self.args.global_batch_size, seed=self.args.seed, shares=1)
         epoch, place = divmod(step - 1, batches.steps)
-        users = self.task.user_rows(batches.epoch(epoch)[place])
+        return batches.epoch(epoch)[place]
+
+    def _about_batch(self, step: int) -> str:
+        """Whose histories were in a step, by row, and what to do; no raw id."""
+        users = self.task.user_rows(self._examples(step))
         good = last_complete_checkpoint(Path(self.args.output_dir))
         return (
             f"its batch holds the histories of the user rows {listed(map(str, users))} (users.parquet says whose they are). "
@@ -330,8 +355,9 @@ class GenRecTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_manifest(folder, self.launch)
+            remove_later(folder.parent, self.state.global_step)
             rotate_checkpoints(
-                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=False
             )
         self.accelerator.wait_for_everyone()
         if self.stop.stopping:

@@ -148,7 +148,8 @@ def connect(name: str, timeout: float) -> distributed.Store:
     """A connection of its own to the store of the launch; a private store where there is one process.
 
     Args:
-        name: its keys are apart from those of other names and of earlier attempts (`--max_restarts`).
+        name: its keys are apart from those of other names. Attempts (`--max_restarts`) have a store each: nodes count them
+            differently, a node that came back from nought.
         timeout: seconds that a key is waited for.
     """
     if not (distributed.is_initialized() and distributed.get_world_size() > 1):
@@ -156,7 +157,7 @@ def connect(name: str, timeout: float) -> distributed.Store:
     store = distributed.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout)
     )
-    return distributed.PrefixStore(f"genrec/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return distributed.PrefixStore(f"genrec/{name}", store)
 
 
 class Watch(TrainerCallback):

@@ -10,6 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from genrec_llm.files import read_json
+
 FILES = ("adapter_model.safetensors", "id_tokens.safetensors")
 TOLERANCE = 2e-5
 """Largest difference of a trained value after 20 steps in fp32: AdamW divides by small numbers."""
@@ -62,6 +64,8 @@ def test_two_processes_train_the_adapter_of_one(
     assert got in output and "global_batch_size 16" in output and "precision fp32" in output
     if "zero" in strategy:
         assert f"zero_stage {strategy[-1]}" in output
+    base, alone = (read_json(ground / name / "adapter" / "genrec.json")["base_model"] for name in (strategy, "cpu"))
+    assert base == alone, "the fingerprint covers names and values of all weights, the untied head among them"
     values = trained_values(ground / strategy)
     assert values.keys() == one_process.keys()
     for name, value in values.items():

@@ -22,6 +22,7 @@ from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArgumen
 from genrec_llm.batching import as_tensors
 from genrec_llm.errors import ConfigError
 from genrec_llm.loading import fingerprint, load_trained
+from genrec_llm.memory import Run, Shape, estimate
 from genrec_llm.model import GenRecUntiedT5, bare_tokenizer, load_backbone, quantized
 from genrec_llm.runs import Built, Data, build_model, load_data
 from genrec_llm.tasks import NextItem
@@ -212,6 +213,10 @@ def test_the_documented_size_of_flan_t5_xl_follows_from_its_shape() -> None:
         f"{small / 1e9:.2f} GB in nf4 and {eight / 1e9:.2f} GB in 8 bits, where bf16 takes {whole / 1e9:.2f} GB" in page
     )
     assert "takes 4.13 bits in nf4 and 8.06 in 8 bits" in page
+    shape = Shape.from_config(config.to_dict(), own_head=True)
+    for kind, held in (("4bit", small), ("8bit", eight), (None, whole)):
+        run = Run(items=1, user_rows=1, examples=1, bf16=True, quantization=kind)
+        assert estimate(shape, run).largest["weights"] == pytest.approx(held, rel=1e-3)
 
 
 # --- from training to a merged model ----------------------------------------------------------------------------------

@@ -335,7 +335,14 @@ def lost_file(folder: Path) -> None:
 
 
 LAUNCH = {"strategy": "NO", "world_size": 1}
-DAMAGES = [no_manifest, cut_manifest, cut_weights, changed_byte, lost_file]
+
+
+def older_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({"files": manifest["files"]}))
+
+
+DAMAGES = [no_manifest, older_manifest, cut_manifest, cut_weights, changed_byte, lost_file]
 
 
 def test_a_manifest_lists_every_file_of_a_checkpoint(whole_run: Path) -> None:
@@ -474,6 +481,16 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(trainer, monkeypatc
     assert is_complete(run / "checkpoint-2")
 
 
+def test_the_only_good_checkpoint_stays_beside_a_broken_later_one(trainer) -> None:
+    """Left by a run that was stopped; other --save-steps now."""
+    built = trainer(max_steps=2, save_strategy="steps", save_steps=2, save_total_limit=1)
+    run = Path(built.args.output_dir)
+    (run / "checkpoint-3").mkdir(parents=True)
+    (run / "checkpoint-3" / "optimizer.pt").touch()
+    built.train()
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"] and is_complete(run / "checkpoint-2")
+
+
 def test_nothing_of_a_broken_checkpoint_stays_in_the_one_written_anew(trainer) -> None:
     built = trainer(max_steps=1, save_strategy="steps", save_steps=1)
     left = Path(built.args.output_dir) / "checkpoint-1" / "half-written"
@@ -514,3 +531,17 @@ def test_the_launch_is_described_and_broken_promises_are_refused_together(
         describe_launch(built.args, built.accelerator.state)
     assert len(caught.value.problems) == 2
     assert "4 processes were started" in str(caught.value) and "DeepSpeed was asked for" in str(caught.value)
+
+
+def test_batches_that_are_shared_out_a_second_time_are_refused(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer()
+    whole = built.get_train_dataloader
+
+    def halved() -> Any:
+        loader = whole()
+        loader.collate_fn = lambda batch: {name: value[: len(value) // 2] for name, value in batch.items()}
+        return loader
+
+    monkeypatch.setattr(built, "get_train_dataloader", halved)
+    with pytest.raises(ConfigError, match="given 7 examples in step 1, whose global batch has 15"):
+        built.train()
