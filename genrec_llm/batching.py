@@ -6,6 +6,7 @@ share it out by length, so that one process with eight examples and four process
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,6 +122,11 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
+def _deaf(worker: int) -> None:
+    """A DataLoader's worker leaves SIGTERM, which torchrun and SLURM give to all of a group, to its process, which saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def train_loader(
     task: Task,
     *,
@@ -138,6 +144,7 @@ def train_loader(
         TaskDataset(task),
         batch_sampler=RankBatches(batches, rank=rank, world_size=world_size),
         collate_fn=_whole,
+        worker_init_fn=_deaf,
         num_workers=workers,
         pin_memory=pin_memory,
     )

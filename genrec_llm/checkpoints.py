@@ -34,11 +34,11 @@ def broken(folder: Path) -> str | None:
         return "stopped while it was written: it has no manifest"
     try:
         manifest = read_json(folder / MANIFEST)
-    except DataError as error:
+        if not {"launch", "files"} <= manifest.keys():
+            return "an earlier version wrote it"
+        return next(iter(changed_files(folder, manifest["files"])), None)
+    except (DataError, OSError) as error:  # cut short, or a disk that does not read
         return str(error)
-    if "launch" not in manifest:
-        return "an earlier version wrote it"
-    return next(iter(changed_files(folder, manifest["files"])), None)
 
 
 def is_complete(folder: Path) -> bool:
@@ -55,11 +55,16 @@ def checkpoints(run: Path) -> dict[int, Path]:
 def remove_later(run: Path, step: int) -> None:
     """Remove what a run that was stopped had begun to write beyond the step it is at now.
 
-    It is not whole, or training would have gone on from it; left there, it would count as the newest one.
+    Left there, it would count as the newest one.
     """
     for later, folder in checkpoints(run).items():
-        if later > step:
+        if later > step and not is_complete(folder):
             shutil.rmtree(folder)
+
+
+def any_written(run: Path) -> bool:
+    """Whether a run has a checkpoint with a manifest; its files are not read."""
+    return any((folder / MANIFEST).is_file() for folder in checkpoints(run).values())
 
 
 def last_complete_checkpoint(run: Path) -> str | None:

@@ -19,7 +19,7 @@ class GenRecError(Exception):
         problems: one problem or several; each names the place (file, row, column, key) and the mend.
     """
 
-    alone = False
+    alone: bool = False
     """Met by one process of several: it is printed by whichever that is."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:

@@ -22,11 +22,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what a full or forbidden disk raises in the block into an error that names `path` and the mend.
 
     Raises:
-        ExportError: the operating system, or safetensors (whose error is no OSError), could not write.
+        ExportError: the operating system, safetensors or torch.save (whose errors are no OSError) could not write.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save on a full disk (torch 2.13): "[enforce fail at inline_container.cc:672] unexpected pos"
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
         number = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' text
         reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
         raise ExportError(

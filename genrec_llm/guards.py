@@ -130,13 +130,11 @@ class SameWeights(TrainerCallback):
             kind == DistributedType.DEEPSPEED and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         ):
             return
-        sums = torch.stack([p.detach().double().sum() for p in model.parameters() if p.requires_grad]).unsqueeze(0)
-        everybody = self.accelerator.gather(sums)
-        different = [
-            rank
-            for rank in range(len(everybody))
-            if not torch.equal(everybody[rank].nan_to_num(), everybody[0].nan_to_num())
-        ]
+        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        everybody = self.accelerator.gather(torch.stack([value.sum().float() for value in trained]).unsqueeze(0))
+        # Kernels of another kind of GPU may sum in another order.
+        same = [torch.allclose(each, everybody[0], rtol=1e-4, atol=1e-5, equal_nan=True) for each in everybody]
+        different = [rank for rank, equal in enumerate(same) if not equal]
         if different:
             raise ConfigError(
                 f"launch: after step {state.global_step} the weights of process {different[0]} are not those of process 0: "

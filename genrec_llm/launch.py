@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +23,8 @@ from genrec_llm.errors import ConfigError
 ONE_PROCESS = ("cpu", "single_gpu")
 MULTI_NODE = "_multi_node"
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_GRACE = 40.0
-"""Seconds that a launcher has to end after it was told to: torchrun gives its workers 30, and ends them then."""
+_GRACE = 10.0
+"""Seconds that a launcher has to end beyond those that torchrun gives its workers after it was told to."""
 
 
 def shipped(name: str) -> Path:
@@ -163,11 +164,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Tell all of a group to end, and see that it has: a recipe saves meanwhile, and a launcher may be gone before it."""
+    patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) + _GRACE
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # nobody is left
             os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
 
 
 def _threads(command: Sequence[str]) -> dict[str, str]:

@@ -22,8 +22,8 @@ from genrec_llm.errors import ConfigError
 from genrec_llm.memory import Estimate, estimate
 from genrec_llm.tasks import Task
 
-ADAM_BYTES = 8
-"""Two moments in fp32 for a trained number."""
+ADAM_BYTES, BUCKET_BYTES = 8, 4
+"""Two moments in fp32 for a trained number; its place in DDP's buckets, or its fp32 master under DeepSpeed."""
 STRONGER = {"ddp": ("zero2", "zero3"), "zero1": ("zero2", "zero3"), "zero2": ("zero3",)}
 """Strategies that share out more."""
 
@@ -74,11 +74,12 @@ def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArgum
 def _fits(model: nn.Module, task: Task, examples: np.ndarray, args: GenRecTrainingArguments) -> bool:
     """Whether a forward and a backward of these examples find the memory they need. No draw of dropout is used up."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    beside = trained * (ADAM_BYTES + (BUCKET_BYTES if args.world_size > 1 else 0))
     devices = [args.device] if args.device.type == "cuda" else []
     fits = True
     with torch.random.fork_rng(devices):
         try:
-            aside = torch.empty(ADAM_BYTES * trained, dtype=torch.uint8, device=args.device)
+            aside = torch.empty(beside, dtype=torch.uint8, device=args.device)
             batch = {name: value.to(args.device) for name, value in as_tensors(task.batch(0, examples)).items()}
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = model.train()(**batch).loss

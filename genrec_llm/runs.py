@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.card import is_hub_name, stage_facts
-from genrec_llm.checkpoints import MANIFEST, last_complete_checkpoint, needs_joining
+from genrec_llm.checkpoints import MANIFEST, any_written, last_complete_checkpoint, needs_joining
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError, counted
 from genrec_llm.evaluation import EvalData
@@ -65,7 +65,7 @@ from genrec_llm.sources import SOURCES, load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.vocab import IdVocab
-from genrec_llm.world import Watch, agree
+from genrec_llm.world import agree, from_first
 
 logger = logging.getLogger(__name__)
 RUN_FILE, LOG_FILE = "run.json", "log_history.json"
@@ -403,7 +403,7 @@ class RunDirectory:
                     f"{self.data.name} ({key} {self.facts['data'][key][:12]})"
                 )
         kept = [("model", key) for key in MODEL_SHAPE]
-        if last_complete_checkpoint(self.path):
+        if any_written(self.path):
             kept += [(part, key) for part, keys in COURSE.items() for key in keys]
         for part, key in kept:
             theirs, ours = there["arguments"][part].get(key), self.facts["arguments"][part][key]
@@ -420,7 +420,7 @@ class RunDirectory:
         self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
         if isinstance(built.model, PeftModel):
             self.facts["lora_targets"] = sorted(built.model.peft_config["default"].target_modules)
-        resumed = last_complete_checkpoint(self.path)
+        resumed = from_first(lambda: last_complete_checkpoint(self.path))
         going_on = self._going_on(Path(resumed), launch) if resumed else ""
         before = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
         if trainer.is_world_process_zero():
@@ -441,8 +441,7 @@ class RunDirectory:
             if validations_without_better(state["log_history"], self.training) >= self.training.early_stopping_patience:
                 self.training.max_steps = state["global_step"]  # it had stopped: no step is left
         figures = partial(self._estimate, trainer, built)
-        with Watch(self.training) as watch, explained(figures, self.training.process_index):
-            trainer.add_callback(watch)
+        with trainer.watch, explained(figures, self.training.process_index):
             trainer.train(resume_from_checkpoint=resumed)
             best = self._best(trainer)
             trainer.save_model(str(self.path / "final"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import signal
@@ -39,7 +40,9 @@ from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.out_of_memory import fitting_accumulation
 from genrec_llm.sparse_rows import LazyAdamW, exchange, make_sparse, with_dense_gradients
 from genrec_llm.tasks import IntArray, PromptLayout, Task
-from genrec_llm.world import describe_launch, leave
+from genrec_llm.world import Watch, describe_launch, from_first, leave
+
+logger = logging.getLogger(__name__)
 
 
 class GenRecTrainer(Seq2SeqTrainer):
@@ -80,11 +83,12 @@ class GenRecTrainer(Seq2SeqTrainer):
             args.accumulate(fitting_accumulation(model, task, args))
         super().__init__(model=model, args=args, eval_dataset=validation)
         self.launch = describe_launch(args, self.accelerator.state)
-        self.stop = StopOnSignal()
+        self.watch, self.stop = Watch(args), StopOnSignal()
         self.losses = Losses(self.accelerator, layout.num_items, self._about_batch)
         if args.early_stopping_patience:
             self.add_callback(EarlyStopping(args.early_stopping_patience))
-        for callback in (self.losses, SameWeights(self.accelerator), self.stop):
+        # The losses are looked at before what a signal asks for is saved.
+        for callback in (self.watch, self.stop, self.losses, SameWeights(self.accelerator)):
             self.add_callback(callback)
         unwrapped(model).label_smoothing = args.label_smoothing_factor
         self.label_smoother = None  # the Trainer's asks for logits of token ids; the loss is computed in `forward`
@@ -180,6 +184,23 @@ class GenRecTrainer(Seq2SeqTrainer):
                     "something shares the batches out a second time; launch with a file of accelerate_configs/"
                 )
         return samples, targets
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Tensor | int | None:
+        """As the Trainer's, which asks all processes: those that have no batch yet are told apart from here on."""
+        self.watch.progress = self.state.global_step + 0.5
+        return super()._get_num_items_in_batch(*args, **kwargs)
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """As the Trainer's, which would make one more step of a run that goes on from its last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**settings)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which with one checkpoint to keep would delete the last: a run is exported after this."""
+        with self._keeping_all():
+            return super()._finalize_training(*args, **kwargs)
 
     def _examples(self, step: int) -> IntArray:
         """The global batch of a step, counted from 1."""
@@ -286,7 +307,9 @@ class GenRecTrainer(Seq2SeqTrainer):
         done = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            whole = is_complete(best)
+            whole = from_first(lambda: is_complete(best))
+            if not whole:
+                logger.warning("%s, the best so far, is gone or broken; a later one has to be better", best)
             self.state.best_model_checkpoint = str(best) if whole else None
             self.state.best_global_step = self.state.best_global_step if whole else None
         return done
@@ -322,6 +345,15 @@ class GenRecTrainer(Seq2SeqTrainer):
                 state = unshared(state_dict or self.model.state_dict())
                 save_file(state, folder / "model.safetensors", {"format": "pt"})
 
+    @contextmanager
+    def _keeping_all(self) -> Iterator[None]:
+        """Have the Trainer delete no checkpoint: it does not know which are whole."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
     def _trained(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The trained tensors of a gathered state, or of the model."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -341,17 +373,13 @@ class GenRecTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)  # what a stopped run left of it
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with writing(folder):
-            try:
+        limit = self.args.save_total_limit
+        try:
+            with writing(folder), self._keeping_all():
                 super()._save_checkpoint(model, trial)
-            except RuntimeError as error:
-                # torch.save says so on a full disk (torch 2.13): "[enforce fail at inline_container.cc:672] unexpected pos"
-                if "inline_container" not in str(error):
-                    raise
-                raise OSError("torch.save could not write all of it") from error
-            finally:
-                self.args.save_total_limit = limit
+        except ExportError as error:
+            error.alone = True  # each process writes files of its own
+            raise
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             write_manifest(folder, self.launch)

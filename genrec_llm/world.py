@@ -9,14 +9,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -24,10 +24,13 @@ from transformers.training_args import OptimizerNames
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.errors import EXIT_CODE, ConfigError, listed
 
+Found = TypeVar("Found")
 BEAT = 1.0
 """Seconds between two signs of life of a process."""
 LOST_SHARE = 0.1
 """Share of `ddp_timeout` after which a process without a sign of life is given up: three minutes of the default 30."""
+STUCK_SHARE = 0.8
+"""Share of `ddp_timeout` after which a process that the others wait for is given up, before the backend gives up them."""
 CONNECTION = re.compile(r"gloo|nccl|connection|timed? ?out|socket|broken pipe|recvValue|TCPStore", re.IGNORECASE)
 
 
@@ -128,6 +131,12 @@ def agree(facts: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
+def from_first(find: Callable[[], Found]) -> Found:
+    """What process 0 finds, on every process: no two of them shall see a folder differently. A collective."""
+    found = [find() if PartialState().is_main_process else None]
+    return cast("Found", broadcast_object_list(found)[0])
+
+
 def leave(code: int = 0, *, at_once: bool) -> None:
     """End this process after its work, or after a stop that was asked for.
 
@@ -173,13 +182,14 @@ class Watch(TrainerCallback):
 
     def __init__(self, args: TrainingArguments) -> None:
         self.rank, self.world = args.process_index, args.world_size
-        self.patience = args.ddp_timeout * LOST_SHARE
-        self.step = 0
+        self.timeout, self.patience = args.ddp_timeout, args.ddp_timeout * LOST_SHARE
+        self.progress = 0.0
+        """Steps that are done, and a half more once the batch of the next one is there."""
         self.ended = threading.Event()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note how far this process is."""
-        self.step = state.global_step
+        self.progress = state.global_step
 
     def __enter__(self) -> Watch:
         if self.world > 1:
@@ -193,35 +203,45 @@ class Watch(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         try:
             if self.world > 1 and isinstance(error, RuntimeError) and CONNECTION.search(str(error)):
-                self._explain()
+                self._explain(str(error).splitlines()[0])
         finally:
             self.ended.set()
 
     def _sign_of_life(self, count: int) -> None:
-        self.store.set(str(self.rank), json.dumps([count, self.step, socket.gethostname(), os.getpid()]))
+        self.store.set(str(self.rank), json.dumps([count, self.progress, socket.gethostname(), os.getpid()]))
 
     def _beat(self) -> None:
         """Thread: be seen, and look at those that this process watches."""
         watched = [rank for rank in (range(self.world) if self.rank == 0 else (0,)) if rank != self.rank]
-        heard: dict[int, tuple[str, float]] = {}
-        count = 0
+        heard = dict.fromkeys(watched, ("", time.monotonic()))
+        count, furthest, moved = 0, 0.0, time.monotonic()
         while not self.ended.wait(BEAT):
             count += 1
             # A store that does not answer is the other thread's matter.
             with suppress(RuntimeError):
                 self._sign_of_life(count)
                 if self.store.check(["lost"]):
-                    self._give_up(json.loads(self.store.get("lost")))
+                    self._give_up(**json.loads(self.store.get("lost")))
                 now = time.monotonic()
-                for rank in [rank for rank in watched if self.store.check([str(rank)])]:
-                    sign = self.store.get(str(rank)).decode()
-                    if heard.get(rank, ("", 0.0))[0] != sign:
+                signs = self._signs([*watched, self.rank])
+                for rank in [rank for rank in watched if rank in signs]:
+                    sign = json.dumps(signs[rank])
+                    if heard[rank][0] != sign:
                         heard[rank] = (sign, now)
                 lost = [rank for rank, (_, when) in heard.items() if now - when > self.patience]
                 if lost:
-                    self.store.set("lost", json.dumps(lost))
-                    self._give_up(lost)
+                    self._tell(lost, f"gave no sign of life for {self.patience:.0f} s")
+                if furthest != max(sign[1] for sign in signs.values()):
+                    furthest, moved = max(sign[1] for sign in signs.values()), now
+                behind = [rank for rank, sign in signs.items() if sign[1] < furthest]
+                if self.rank == 0 and behind and now - moved > STUCK_SHARE * self.timeout:
+                    self._tell(behind, f"is stuck: the others have waited for {now - moved:.0f} s")
                 self.answered = now
+
+    def _tell(self, lost: list[int], why: str) -> NoReturn:
+        """Have every process end for the same reason."""
+        self.store.set("lost", json.dumps({"lost": lost, "why": why}))
+        self._give_up(lost, why)
 
     def _guard(self) -> None:
         """Thread: end this process when the store, which is on the first node, does not answer any more."""
@@ -229,15 +249,19 @@ class Watch(TrainerCallback):
             if time.monotonic() - self.answered > 2 * self.patience:
                 self._end(f"{self._first_node()} has not answered for {2 * self.patience:.0f} s")
 
-    def _signs(self) -> dict[int, list[Any]]:
-        """`[count, step, host, process id]` of every process that has been seen."""
-        ranks = [rank for rank in range(self.world) if self.store.check([str(rank)])]
-        return {rank: json.loads(self.store.get(str(rank))) for rank in ranks}
+    def _signs(self, ranks: Iterable[int] | None = None) -> dict[int, list[Any]]:
+        """`[count, progress, host, process id]` of processes (by default all) that have been seen."""
+        seen = [rank for rank in ranks or range(self.world) if self.store.check([str(rank)])]
+        return {rank: json.loads(self.store.get(str(rank))) for rank in seen}
 
     def _describe(self, ranks: Sequence[int], signs: Mapping[int, list[Any]]) -> str:
-        return ", ".join(
-            f"process {rank} on {signs[rank][2]} (pid {signs[rank][3]}, after step {signs[rank][1]})" for rank in ranks
-        )
+        """Who they are; one that has never been seen has no host."""
+        seen = {
+            rank: f" on {signs[rank][2]} (pid {signs[rank][3]}, after step {int(signs[rank][1])})"
+            for rank in ranks
+            if rank in signs
+        }
+        return ", ".join(f"process {rank}{seen.get(rank, '')}" for rank in ranks)
 
     def _end(self, what: str, missing: Sequence[int] = (), signs: Mapping[int, list[Any]] | None = None) -> NoReturn:
         """Say once a host what happened, and end this process: its main thread may hang in a collective."""
@@ -252,12 +276,13 @@ class Watch(TrainerCallback):
         sys.stdout.flush()
         os._exit(EXIT_CODE)
 
-    def _give_up(self, lost: list[int]) -> NoReturn:
+    def _give_up(self, lost: list[int], why: str) -> NoReturn:
         signs = self._signs()
-        self._end(f"{self._describe(lost, signs)} gave no sign of life for {self.patience:.0f} s", lost, signs)
+        self._end(f"{self._describe(lost, signs)} {why}", lost, signs)
 
-    def _explain(self) -> None:
+    def _explain(self, error: str) -> None:
         """Find out who is missing after a failed collective; return if nobody is."""
+        said = f" (what failed here: {error})"
         try:
             before = self._signs()
             time.sleep(3 * BEAT)
@@ -265,11 +290,11 @@ class Watch(TrainerCallback):
         except RuntimeError:
             self._end(f"{self._first_node()} does not answer")
         gone = [rank for rank in after if rank != self.rank and after[rank][0] == before.get(rank, [None])[0]]
-        behind = [rank for rank in after if after[rank][1] < self.step]
+        behind = [rank for rank in after if after[rank][1] < self.progress]
         if gone:
-            self._end(f"{self._describe(gone, after)} is gone", gone, after)
+            self._end(f"{self._describe(gone, after)} is gone{said}", gone, after)
         if behind:
-            self._end(f"{self._describe(behind, after)} is stuck", behind, after)
+            self._end(f"{self._describe(behind, after)} is stuck{said}", behind, after)
 
     def _first_node(self) -> str:
         return f"the first node ({os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"

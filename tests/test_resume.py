@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -117,12 +118,37 @@ def test_sigterm_saves_after_the_same_step_everywhere_and_the_run_goes_on_from_t
     read_until(process, step_line)
     os.kill(process.pid if to_all else workers(process.pid)[1], signal.SIGTERM)
     code, output = end_of(process)
-    assert code != 0 and output.count("stopped by SIGTERM; ") == 1, output[-3000:]
+    assert code != 0 and output.count("is whole, and the same command goes on from it") == 1, output[-3000:]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert is_complete(checkpoint) and 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 400
     assert not (tmp_path / "run" / "adapter").exists()
     assert f"going on from {checkpoint}" in tiny.run(command(ground, "ddp", tmp_path / "run", *often))
     assert difference(tmp_path / "run", tmp_path / "whole") == 0.0
+
+
+@pytest.mark.parametrize("verb", [True, False], ids=["genrec finetune", "the recipe alone"])
+def test_sigterm_saves_in_one_process_too(ground: Path, tmp_path: Path, verb: bool) -> None:
+    """The launcher of one process dies at once; the verb waits for the recipe below it."""
+    often = (
+        "--max-steps",
+        "400",
+        "--eval-strategy",
+        "no",
+        "--load-best-model-at-end",
+        "false",
+        "--save-steps",
+        "10000",
+    )
+    line = command(ground, "cpu", tmp_path / "run", *often, processes=1)
+    recipe = line.index("recipes/finetune.py")
+    start = ["-m", "genrec_llm.cli", "finetune", "--strategy", "cpu"] if verb else [line[recipe]]
+    process = started([sys.executable, *start, *line[recipe + 1 :]])
+    read_until(process, step_line)
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = end_of(process)
+    assert code == 143 and output.count("is whole, and the same command goes on from it") == 1, output[-3000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert is_complete(checkpoint)
 
 
 # --- gone and stuck -------------------------------------------------------------
@@ -179,6 +205,38 @@ def test_restarts_that_would_meet_the_store_of_the_first_attempt_are_refused_at_
     code, output = end_of(started(line))
     assert code != 0 and "error: launch: after a restart (--max_restarts)" in output, output[-3000:]
     assert "'loss'" not in output
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_its_data_for_ever_is_named(ground: Path, tmp_path: Path) -> None:
+    """It lives, and so do its threads; the worker that reads for it is stopped."""
+    more = ("--max-steps", "100000", "--ddp-timeout", "60", "--dataloader-num-workers", "1")
+    process = started(command(ground, "ddp", tmp_path / "run", *more))
+    read_until(process, step_line)
+    victim = workers(process.pid)[1]
+    listing = subprocess.run(
+        ["ps", "--ppid", str(victim), "-o", "pid="], capture_output=True, text=True, check=True
+    ).stdout
+    for reader in listing.split():
+        os.kill(int(reader), signal.SIGSTOP)
+    code, output = end_of(process, timeout=200)
+    assert code != 0
+    assert re.search(
+        rf"error: process 1 on \S+ \(pid {victim}, .*\) is stuck: the others have waited for 4\d s", output
+    )
+
+
+@pytest.mark.slow
+def test_sigterm_saves_with_readers_that_hear_it_too(ground: Path, tmp_path: Path) -> None:
+    often = ("--max-steps", "400", "--eval-strategy", "no", "--load-best-model-at-end", "false", "--save-steps", "10000",
+             "--dataloader-num-workers", "1")  # fmt: skip
+    process = started(command(ground, "ddp", tmp_path / "run", *often))
+    read_until(process, step_line)
+    os.kill(process.pid, signal.SIGTERM)
+    _, output = end_of(process)
+    assert output.count("is whole, and the same command goes on from it") == 1, output[-3000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert is_complete(checkpoint)
 
 
 # --- other processes ---------------------------------------------------------------

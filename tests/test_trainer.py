@@ -465,6 +465,21 @@ def test_patience_is_not_given_anew_when_a_run_goes_on_and_a_stopped_run_stays_s
     assert tensors_and_words(run / "adapter") == expected and len(list(run.glob("checkpoint-*"))) == 4
 
 
+@pytest.mark.parametrize("limit", [1, 9])
+def test_a_run_that_is_at_its_end_makes_no_further_step(home: Path, tmp_path: Path, limit: int) -> None:
+    """Killed before the export, inside an epoch, with a rate that does not fall to nought; the best is not the last."""
+    steps = ("--max-steps", 7, "--lr-scheduler-type", "constant", "--save-strategy", "steps", "--save-steps", 1,
+             "--eval-strategy", "steps", "--eval-steps", 1, "--save-total-limit", limit)  # fmt: skip
+    run = finetune(home, tmp_path / "run", *steps)
+    expected, checkpoints = tensors_and_words(run / "adapter"), sorted(path.name for path in run.glob("checkpoint-*"))
+    assert "checkpoint-7" in checkpoints
+    for _ in range(2):
+        shutil.rmtree(run / "adapter")
+        finetune(home, run, *steps)
+        assert tensors_and_words(run / "adapter") == expected
+        assert sorted(path.name for path in run.glob("checkpoint-*")) == checkpoints
+
+
 def test_older_checkpoints_go_only_when_the_new_one_is_whole(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     built = trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
     run = Path(built.args.output_dir)
