@@ -214,11 +214,14 @@ def test_a_process_that_waits_for_its_data_for_ever_is_named(ground: Path, tmp_p
     process = started(command(ground, "ddp", tmp_path / "run", *more))
     read_until(process, step_line)
     victim = workers(process.pid)[1]
-    listing = subprocess.run(
-        ["ps", "--ppid", str(victim), "-o", "pid="], capture_output=True, text=True, check=True
-    ).stdout
-    for reader in listing.split():
-        os.kill(int(reader), signal.SIGSTOP)
+    for _ in range(30):  # an epoch has readers of its own
+        listing = subprocess.run(
+            ["ps", "--ppid", str(victim), "-o", "pid="], capture_output=True, text=True, check=False
+        )
+        for reader in listing.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(reader), signal.SIGSTOP)
+        time.sleep(0.1)
     code, output = end_of(process, timeout=200)
     assert code != 0
     assert re.search(

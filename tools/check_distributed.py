@@ -228,7 +228,7 @@ class Launch:
 
 
 def workers(launcher: int) -> list[int]:
-    """Process ids of a launcher's training processes, in the order of their ranks."""
+    """Process ids of a launcher's training processes, without what they started themselves, in the order of their ranks."""
     listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
     below = {launcher}
@@ -244,7 +244,8 @@ def workers(launcher: int) -> list[int]:
         ):
             with suppress(OSError):  # it has ended in the meantime
                 ranks[int(pid)] = int(environment_of(int(pid)).get("RANK", "0"))
-    return sorted(ranks, key=lambda pid: ranks[pid])
+    readers = {int(pid) for pid, parent, *_ in rows if int(parent) in ranks}
+    return sorted(ranks.keys() - readers, key=lambda pid: ranks[pid])
 
 
 def environment_of(pid: int) -> dict[str, str]:
