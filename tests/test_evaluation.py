@@ -54,20 +54,7 @@ class Constant:
 
 @pytest.fixture
 def data() -> EvalData:
-    generator = np.random.default_rng(0)
-    histories = [generator.integers(ITEMS, size=length) for length in generator.integers(1, 8, size=USERS)]
-    return EvalData(
-        users=generator.permutation(USERS) + 1,
-        histories=histories,
-        seen=histories,
-        targets=generator.integers(ITEMS, size=USERS),
-        num_items=ITEMS,
-        item_counts=np.bincount(np.concatenate(histories), minlength=ITEMS),
-        split="test",
-        dataset="tiny",
-        fingerprint="f00d",
-        max_history=20,
-    )
+    return tiny.eval_data(users=USERS, items=ITEMS, longest=8, split="test")
 
 
 def report_of(recommender: Noisy | Constant, data: EvalData, *, exclude_seen: bool = False) -> EvalReport:

@@ -76,19 +76,7 @@ def play(count: int, work: Callable[[Processes], Any]) -> list[Any]:
 
 @pytest.fixture
 def data() -> EvalData:
-    generator = np.random.default_rng(0)
-    histories = [generator.integers(ITEMS, size=length) for length in generator.integers(1, 30, size=USERS)]
-    return EvalData(
-        users=generator.permutation(USERS) + 1,
-        histories=histories,
-        seen=histories,
-        targets=generator.integers(ITEMS, size=USERS),
-        num_items=ITEMS,
-        item_counts=np.bincount(np.concatenate(histories), minlength=ITEMS),
-        split="validation",
-        dataset="tiny",
-        max_history=20,
-    )
+    return tiny.eval_data(users=USERS, items=ITEMS, longest=30, split="validation")
 
 
 class Touchy:

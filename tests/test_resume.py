@@ -95,6 +95,9 @@ def step_line(line: str) -> bool:
     return "'loss'" in line
 
 
+UNSAVED = ("--max-steps", "400", "--eval-strategy", "no", "--load-best-model-at-end", "false", "--save-steps", "10000")
+"""No schedule asks for a checkpoint."""
+
 # --- told to stop -------------------------------------------------------------
 
 
@@ -103,18 +106,8 @@ def test_sigterm_saves_after_the_same_step_everywhere_and_the_run_goes_on_from_t
     ground: Path, tmp_path: Path, to_all: bool
 ) -> None:
     """A checkpoint that no schedule asked for, and the final adapter of the run that nobody stopped, bit for bit."""
-    often = (
-        "--max-steps",
-        "400",
-        "--eval-strategy",
-        "no",
-        "--load-best-model-at-end",
-        "false",
-        "--save-steps",
-        "10000",
-    )
-    tiny.run(command(ground, "ddp", tmp_path / "whole", *often))
-    process = started(command(ground, "ddp", tmp_path / "run", *often))
+    tiny.run(command(ground, "ddp", tmp_path / "whole", *UNSAVED))
+    process = started(command(ground, "ddp", tmp_path / "run", *UNSAVED))
     read_until(process, step_line)
     os.kill(process.pid if to_all else workers(process.pid)[1], signal.SIGTERM)
     code, output = end_of(process)
@@ -122,24 +115,14 @@ def test_sigterm_saves_after_the_same_step_everywhere_and_the_run_goes_on_from_t
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert is_complete(checkpoint) and 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 400
     assert not (tmp_path / "run" / "adapter").exists()
-    assert f"going on from {checkpoint}" in tiny.run(command(ground, "ddp", tmp_path / "run", *often))
+    assert f"going on from {checkpoint}" in tiny.run(command(ground, "ddp", tmp_path / "run", *UNSAVED))
     assert difference(tmp_path / "run", tmp_path / "whole") == 0.0
 
 
 @pytest.mark.parametrize("verb", [True, False], ids=["genrec finetune", "the recipe alone"])
 def test_sigterm_saves_in_one_process_too(ground: Path, tmp_path: Path, verb: bool) -> None:
     """The launcher of one process dies at once; the verb waits for the recipe below it."""
-    often = (
-        "--max-steps",
-        "400",
-        "--eval-strategy",
-        "no",
-        "--load-best-model-at-end",
-        "false",
-        "--save-steps",
-        "10000",
-    )
-    line = command(ground, "cpu", tmp_path / "run", *often, processes=1)
+    line = command(ground, "cpu", tmp_path / "run", *UNSAVED, processes=1)
     recipe = line.index("recipes/finetune.py")
     start = ["-m", "genrec_llm.cli", "finetune", "--strategy", "cpu"] if verb else [line[recipe]]
     process = started([sys.executable, *start, *line[recipe + 1 :]])
@@ -231,9 +214,7 @@ def test_a_process_that_waits_for_its_data_for_ever_is_named(ground: Path, tmp_p
 
 @pytest.mark.slow
 def test_sigterm_saves_with_readers_that_hear_it_too(ground: Path, tmp_path: Path) -> None:
-    often = ("--max-steps", "400", "--eval-strategy", "no", "--load-best-model-at-end", "false", "--save-steps", "10000",
-             "--dataloader-num-workers", "1")  # fmt: skip
-    process = started(command(ground, "ddp", tmp_path / "run", *often))
+    process = started(command(ground, "ddp", tmp_path / "run", *UNSAVED, "--dataloader-num-workers", "1"))
     read_until(process, step_line)
     os.kill(process.pid, signal.SIGTERM)
     _, output = end_of(process)

@@ -36,11 +36,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a log and the base checkpoints."""
-    folder = tmp_path_factory.mktemp("sparse")
-    tiny.save_log(folder / "log.csv", users=USERS)
-    for kind in tiny.KINDS:
-        tiny.save_backbone(kind, folder / kind)
-    return folder
+    return tiny.save_ground(tmp_path_factory.mktemp("sparse"), users=USERS)
 
 
 @pytest.fixture(scope="module")

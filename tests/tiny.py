@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
+from genrec_llm.evaluation import EvalData
 from genrec_llm.model import GenRecUntiedT5, bare_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -58,6 +59,32 @@ def save_backbone(kind: str, folder: Path, *, seed: int = 0) -> Path:
             )
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_ground(folder: Path, *, users: int) -> Path:
+    """A folder with a log (log.csv) and a checkpoint of each of `KINDS`."""
+    save_log(folder / "log.csv", users=users)
+    for kind in KINDS:
+        save_backbone(kind, folder / kind)
+    return folder
+
+
+def eval_data(*, users: int, items: int, longest: int, split: str) -> EvalData:
+    """Random histories of fewer than `longest` items, with targets."""
+    generator = np.random.default_rng(0)
+    histories = [generator.integers(items, size=length) for length in generator.integers(1, longest, size=users)]
+    return EvalData(
+        users=generator.permutation(users) + 1,
+        histories=histories,
+        seen=histories,
+        targets=generator.integers(items, size=users),
+        num_items=items,
+        item_counts=np.bincount(np.concatenate(histories), minlength=items),
+        split=split,
+        dataset="tiny",
+        fingerprint="f00d",
+        max_history=20,
+    )
 
 
 def save_log(path: Path, *, users: int = 40, items: int = 30, seed: int = 0, longest: int = 12) -> Path:
