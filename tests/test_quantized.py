@@ -444,11 +444,8 @@ def launched(home: Path, out: Path, strategy: str, kind: str, *extra: str) -> st
     ],
 )
 def test_two_processes_train_the_adapter_of_one(home: Path, tmp_path: Path, strategy: str, kind: str) -> None:
-    finetune(
-        home, tmp_path / "one", "--max-steps", 10, "--lora-r", 4, "--dropout", 0, "--lora-dropout", 0, "--quantization",
-        kind, "--eval-strategy", "steps", "--eval-steps", 5, "--save-strategy", "steps", "--save-steps", 5,
-        "--learning-rate", "1e-3",
-    )  # fmt: skip
+    # In a process of its own, with as many threads: adapters with hardly a gradient amplify its last digits.
+    launched(home, tmp_path / "one", "cpu", kind)
     output = launched(home, tmp_path / "two", strategy, kind)
     assert "world_size 2" in output and "an autograd kernel was not registered" not in output
     for name in ("adapter_model.safetensors", "id_tokens.safetensors"):

@@ -144,7 +144,8 @@ def test_a_killed_process_is_named_by_those_that_are_left(ground: Path, tmp_path
     os.kill(victim, signal.SIGKILL)
     code, output = end_of(process)
     assert code != 0
-    assert re.search(rf"error: process 1 on \S+ \(pid {victim}, after step \d+\) is gone; training ends here", output)
+    gone = rf"error: process 1 on \S+ \(pid {victim}, after step \d+\) is gone \(what failed here: .*\); training ends here"
+    assert re.search(gone, output), output[-3000:]
 
 
 def test_a_stuck_process_is_named_and_ends_the_run(ground: Path, tmp_path: Path) -> None:
