@@ -187,6 +187,19 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
             "momentum. One process or DDP, torch's AdamW."
         },
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Fill rows of a fixed length with several examples each, exact for the T5 family; BART, and all without "
+            "it, has batches of like length, padded to their longest."
+        },
+    )
+    kernels: bool = field(
+        default=True,
+        metadata={
+            "help": "Faster forms of T5's norm, gated GELU, dropout and cross-attention, which compute the same."
+        },
+    )
     masks_per_sequence: int = field(default=1, metadata={"help": "Pretraining: items hidden in one history."})
     last_item_probability: float = field(
         default=0.0,

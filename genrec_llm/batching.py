@@ -1,7 +1,8 @@
 """Which examples are in a step, and which process works on which of them.
 
 A global batch is a fixed set of examples, a function of (seed, epoch, step) alone. Processes and accumulation steps
-share it out by length, so that one process with eight examples and four processes with two see the same step.
+share it out by tokens, so that one process with eight examples and four processes with two see the same step. Each share
+is packed into rows of a fixed length or, where a backbone's positions do not allow that, padded to its longest example.
 """
 
 from __future__ import annotations
@@ -15,30 +16,35 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genrec_llm.errors import ConfigError
+from genrec_llm.packing import Packing
 from genrec_llm.tasks import Batch, IntArray, Task
 
 GROUPED_BATCHES = 64
 """Global batches whose examples are sorted by length together: little padding, and still a random order of steps."""
 SMALLEST_GROUPS = 8
 """An epoch has at least so many groups, or no groups at all: in one, every epoch would have the same batches."""
+SAMPLED_BATCHES = 64
+"""Shares of the first epoch by which the shapes of packed rows are chosen."""
 
 
 class GlobalBatches:
     """The global batches of an epoch.
 
     Args:
-        lengths: items in the encoder's input of each example, `[examples]`.
+        lengths: tokens of the encoder's input of each example, `[examples]`.
         size: examples in a global batch. An epoch has `ceil(examples / size)` steps whose sizes differ by one at most,
             so that every example is seen once and no step is a small remainder.
         seed: of the order.
         shares: processes times accumulation steps.
+        alike: a batch has examples of like length, as padded rows need it. Otherwise each has all lengths in the proportion
+            of the whole epoch, and two batches differ by the longest example at most in their tokens.
 
     Raises:
         ConfigError: a global batch would have fewer examples than there are shares.
     """
 
-    def __init__(self, lengths: IntArray, size: int, *, seed: int, shares: int) -> None:
-        self.lengths, self.seed, self.shares = lengths, seed, shares
+    def __init__(self, lengths: IntArray, size: int, *, seed: int, shares: int, alike: bool = False) -> None:
+        self.lengths, self.seed, self.shares, self.alike = lengths, seed, shares, alike
         self.steps = -(-len(lengths) // size)
         if len(lengths) // self.steps < shares:
             raise ConfigError(
@@ -49,7 +55,11 @@ class GlobalBatches:
     def epoch(self, epoch: int) -> list[IntArray]:
         """Example indices of every step, `steps` arrays; equal on every process."""
         random = np.random.default_rng([self.seed, epoch])
-        batches = np.array_split(random.permutation(len(self.lengths)), self.steps)
+        shuffled = random.permutation(len(self.lengths))
+        return self._alike(shuffled, random) if self.alike else self._mixed(shuffled, random)
+
+    def _alike(self, shuffled: IntArray, random: np.random.Generator) -> list[IntArray]:
+        batches = np.array_split(shuffled, self.steps)
         grouped: list[IntArray] = []
         group = max(1, min(GROUPED_BATCHES, self.steps // SMALLEST_GROUPS))
         for start in range(0, self.steps, group):
@@ -58,6 +68,15 @@ class GlobalBatches:
             together = together[np.argsort(self.lengths[together], kind="stable")]
             grouped += np.split(together, np.cumsum([len(batch) for batch in part])[:-1])
         return [grouped[step] for step in random.permutation(self.steps)]
+
+    def _mixed(self, shuffled: IntArray, random: np.random.Generator) -> list[IntArray]:
+        """Examples of neighbouring length, one for each step, are dealt to the steps at random, and so on to the longest."""
+        ordered = shuffled[np.argsort(self.lengths[shuffled], kind="stable")]
+        deals = -(-len(ordered) // self.steps)
+        steps = random.random((deals, self.steps)).argsort(axis=1).ravel()
+        steps = steps[len(steps) - len(ordered) :]  # the first deal, of the shortest, is the one that may not be whole
+        counts = np.bincount(steps, minlength=self.steps)
+        return np.split(ordered[np.argsort(steps, kind="stable")], np.cumsum(counts)[:-1])
 
     def share_out(self, batch: IntArray) -> list[IntArray]:
         """Deal a global batch to the shares, longest first and back and forth, so that all have like token counts."""
@@ -92,17 +111,22 @@ class RankBatches(Sampler[list[tuple[int, int]]]):
 
 
 class TaskDataset(Dataset[dict[str, torch.Tensor]]):
-    """A task as the DataLoader wants it: a list of (epoch, example) in, one finished batch out."""
+    """A task as the DataLoader wants it: a list of (epoch, example) in, one finished batch out.
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    Args:
+        packing: of the batches; None to pad them to their longest example.
+    """
+
+    def __init__(self, task: Task, packing: Packing | None) -> None:
+        self.task, self.packing = task, packing
 
     def __len__(self) -> int:
         return len(self.task.lengths)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         epoch = keys[0][0]
-        return as_tensors(self.task.batch(epoch, np.array([example for _, example in keys], dtype=np.int64)))
+        batch = self.task.batch(epoch, np.array([example for _, example in keys], dtype=np.int64))
+        return as_tensors(batch if self.packing is None else self.packing.pack(batch))
 
 
 class EpochDataLoader(DataLoader[dict[str, torch.Tensor]]):
@@ -127,6 +151,22 @@ def _deaf(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def heaviest_batch(task: Task, size: int, *, seed: int, shares: int, packed: bool) -> dict[str, torch.Tensor]:
+    """A micro-batch that takes as much memory as any: packed, all are alike; padded, it has the longest examples."""
+    batches = GlobalBatches(task.lengths, size, seed=seed, shares=shares, alike=not packed)
+    if packed:
+        return as_tensors(fixed_shapes(batches).pack(task.batch(0, batches.share_out(batches.epoch(0)[0])[0])))
+    longest = np.argsort(-task.lengths, kind="stable")
+    return as_tensors(task.batch(0, longest[: -(-size // shares)]))
+
+
+def fixed_shapes(batches: GlobalBatches) -> Packing:
+    """Shapes that the shares of all batches have, as far as a sample of the first epoch tells."""
+    epoch = batches.epoch(0)
+    sample = [epoch[step] for step in np.linspace(0, len(epoch) - 1, min(SAMPLED_BATCHES, len(epoch))).astype(int)]
+    return Packing.fitting(batches.lengths[share] for batch in sample for share in batches.share_out(batch)[:1])
+
+
 def train_loader(
     task: Task,
     *,
@@ -135,13 +175,15 @@ def train_loader(
     rank: int,
     world_size: int,
     seed: int,
+    packed: bool,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> EpochDataLoader:
-    """This process's micro-batches of the task's global batches."""
-    batches = GlobalBatches(task.lengths, global_batch_size, seed=seed, shares=world_size * accumulation)
+    """This process's micro-batches of the task's global batches, packed or padded."""
+    shares = world_size * accumulation
+    batches = GlobalBatches(task.lengths, global_batch_size, seed=seed, shares=shares, alike=not packed)
     return EpochDataLoader(
-        TaskDataset(task),
+        TaskDataset(task, fixed_shapes(batches) if packed else None),
         batch_sampler=RankBatches(batches, rank=rank, world_size=world_size),
         collate_fn=_whole,
         worker_init_fn=_deaf,

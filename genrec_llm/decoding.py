@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from genrec_llm.model import last_hidden
 from genrec_llm.tasks import PromptLayout
 
 NOTHING = -1
@@ -67,14 +68,8 @@ def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout, 
     Args:
         rows: `item_rows(model, layout)`, for callers that score often: a bf16 head is then not turned into fp32 each time.
     """
-    encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    decoded = model.get_decoder()(
-        input_ids=batch["decoder_input_ids"],
-        encoder_hidden_states=encoded.last_hidden_state,
-        encoder_attention_mask=batch["attention_mask"],
-        use_cache=False,
-    )
-    return F.linear(decoded.last_hidden_state[:, -1].float(), item_rows(model, layout) if rows is None else rows)
+    hidden = last_hidden(model, model.get_input_embeddings(), **batch)
+    return F.linear(hidden.float(), item_rows(model, layout) if rows is None else rows)
 
 
 class _ExcludeItems(LogitsProcessor):

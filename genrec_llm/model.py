@@ -7,7 +7,7 @@ head stay as they were pretrained. The one place that knows how each backbone fa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,7 +38,8 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from genrec_llm.errors import ConfigError
-from genrec_llm.tasks import DecoderPrompt, PromptLayout
+from genrec_llm.kernels import PackedStates
+from genrec_llm.tasks import IGNORED, DecoderPrompt, PromptLayout
 from genrec_llm.vocab import IdVocab
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -106,6 +107,8 @@ class GenRecBackbone(PreTrainedModel):
     accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here, as the Trainer expects
     id_tokens: IdTokens
     id_base: int
+    packs: bool = True
+    """Whether positions are relative, so that several examples of a row do not notice each other."""
     label_smoothing: float = 0.0
     """Share of the target's probability that the loss spreads over all items (Szegedy et al., 2016)."""
 
@@ -117,26 +120,26 @@ class GenRecBackbone(PreTrainedModel):
         """Input embeddings of token ids, `[…] → […, d_model]`, in the backbone's dtype.
 
         Args:
-            users: what stands for any user token of a row of ids, `[batch, d_model]`; by default user rows are looked up
-                at every position.
+            users: what stands for a user token at each place, `[…, d_model]`; by default user rows are looked up at every
+                place.
         """
         index = ids - self.id_base
         embedded = self.get_input_embeddings()(ids.masked_fill(index >= 0, 0))
         item_in, user_in = self.id_tokens.item_in, self.id_tokens.user_in
         num_items, num_users = item_in.num_embeddings, user_in.num_embeddings
         items = item_in(index.clamp(0, num_items - 1))
-        known = user_in((index - num_items).clamp(0, num_users - 1)) if users is None else users.unsqueeze(-2)
+        known = user_in((index - num_items).clamp(0, num_users - 1)) if users is None else users
         new = torch.where((index < num_items).unsqueeze(-1), items, known)
         return torch.where((index >= 0).unsqueeze(-1), new.to(embedded.dtype), embedded)
 
     @torch.compiler.disable  # which has no sparse gradients (torch 2.13)
-    def first_users(self, input_ids: Tensor) -> Tensor:
-        """Rows of the users that the inputs begin with, `[batch, d_model]`: all that a sparse gradient has to hold.
+    def first_users(self, first_ids: Tensor) -> Tensor:
+        """Rows of the users that examples begin with, `[examples] → [examples, d_model]`: all that a sparse gradient holds.
 
         A prompt names no other user than its input. `embed` by itself looks up users at other tokens too, clamped to the
         first or last one, which a sparse gradient would touch.
         """
-        rows: Tensor = self.id_tokens.user_in(input_ids[:, 0] - self.id_base - self.id_tokens.item_in.num_embeddings)
+        rows: Tensor = self.id_tokens.user_in(first_ids - self.id_base - self.id_tokens.item_in.num_embeddings)
         return rows
 
     def forward(
@@ -145,42 +148,85 @@ class GenRecBackbone(PreTrainedModel):
         attention_mask: Tensor,
         decoder_input_ids: Tensor,
         labels: Tensor | None = None,
-        target_rows: Tensor | None = None,
+        segments: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **unused_by_peft: None,
     ) -> Seq2SeqLMOutput:
         """Score every item at the last position of every decoder prompt.
 
         Args:
-            input_ids, attention_mask: `[batch, tokens]`.
-            decoder_input_ids: one prompt a target, `[targets, prompt]`.
-            labels: item indices (not token ids), `[targets]`.
-            target_rows: the input row each target belongs to, `[targets]`; None means one target a row, in order.
+            input_ids, attention_mask: `[rows, tokens]`.
+            decoder_input_ids: prompts, `[examples, prompt]`, or `[examples, targets, prompt]` where an example has several
+                targets.
+            labels: item indices (not token ids), `[examples]` or `[examples, targets]`; those of -100 are left out.
+            segments: where the tokens of each example are in packed rows, `[examples, longest]`, see `Packing.pack`; None
+                where each row is an example.
             num_items_in_batch: targets of the whole global batch; by default those given here.
 
         Returns:
             With labels the summed cross-entropy (see `label_smoothing`) over `num_items_in_batch`; without, `logits`
-            `[targets, items]` in fp32.
+            `[examples × targets, items]` in fp32.
         """
         sparse = self.id_tokens.user_in.sparse and torch.is_grad_enabled()
-        users = self.first_users(input_ids) if sparse else None
-        encoded = self.get_encoder()(inputs_embeds=self.embed(input_ids, users), attention_mask=attention_mask)
-        hidden = encoded.last_hidden_state
-        if target_rows is not None:
-            hidden, attention_mask = hidden[target_rows], attention_mask[target_rows]
-            users = None if users is None else users[target_rows]
-        decoded = self.get_decoder()(
-            inputs_embeds=self.embed(decoder_input_ids, users),
-            encoder_hidden_states=hidden,
-            encoder_attention_mask=attention_mask,
-            use_cache=False,
-        )
-        scores = self.id_tokens.item_out(decoded.last_hidden_state[:, -1])
+        users = None
+        if sparse:
+            firsts = input_ids[:, 0] if segments is None else input_ids.flatten()[segments[:, 0].clamp(min=0)]
+            users = self.first_users(firsts)
+
+        def embed(ids: Tensor) -> Tensor:
+            if users is None:
+                return self.embed(ids)
+            packed = segments is not None and ids is input_ids
+            return self.embed(ids, users[(attention_mask - 1).clamp(min=0)] if packed else users.unsqueeze(1))
+
+        hidden = last_hidden(self, embed, input_ids, attention_mask, decoder_input_ids, segments)
+        scores = self.id_tokens.item_out(hidden)
         if labels is None:
             return Seq2SeqLMOutput(logits=scores)
-        count = len(labels) if num_items_in_batch is None else num_items_in_batch
-        loss = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        labels = labels.flatten()
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = F.cross_entropy(
+            scores, labels, reduction="sum", ignore_index=IGNORED, label_smoothing=self.label_smoothing
+        )
         return Seq2SeqLMOutput(loss=loss / count)
+
+
+def last_hidden(
+    model: Any,
+    embed: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    decoder_input_ids: Tensor,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """The decoder's state at the end of every prompt, `[examples × targets, d_model]`: one pass, however rows are laid out.
+
+    Args:
+        model: a seq2seq model with attention of type "sdpa".
+        embed: token ids to input embeddings.
+        input_ids, attention_mask, decoder_input_ids, segments: see `GenRecBackbone.forward`.
+    """
+    if segments is None:
+        own = known = attention_mask.bool()[:, None, None]
+    else:
+        own = attention_mask[:, None, :, None] == attention_mask[:, None, None, :]
+        known = (segments >= 0)[:, None, None]
+    encoded = model.get_encoder()(inputs_embeds=embed(input_ids), attention_mask=own).last_hidden_state
+    packed = None if segments is None else PackedStates(encoded, segments)
+    prompt = decoder_input_ids.shape[-1]
+    place = torch.arange(decoder_input_ids[0].numel(), device=decoder_input_ids.device)
+    # Each token of the decoder sees those before it in its own prompt: several prompts of an example do not meet.
+    before = (place[:, None] >= place) & (place[:, None] // prompt == place // prompt)
+    decoded = model.get_decoder()(
+        inputs_embeds=embed(decoder_input_ids.flatten(1)),
+        attention_mask=before[None, None].expand(len(decoder_input_ids), -1, -1, -1),
+        encoder_hidden_states=encoded if packed is None else packed.of_examples(encoded),
+        encoder_attention_mask=known.expand(-1, -1, len(place), -1),
+        use_cache=False,
+        **({} if packed is None else {"packed": packed}),
+    )
+    hidden: Tensor = decoded.last_hidden_state[:, prompt - 1 :: prompt]
+    return hidden.flatten(0, 1)
 
 
 class GenRecT5(GenRecBackbone, T5ForConditionalGeneration):
@@ -205,6 +251,8 @@ class GenRecUntiedMT5(GenRecBackbone, MT5ForConditionalGeneration):
 
 class GenRecBart(GenRecBackbone, BartForConditionalGeneration):
     """BART: absolute positions, one mask token."""
+
+    packs = False
 
 
 FAMILIES: dict[str, tuple[type[GenRecBackbone], type[GenRecBackbone], list[str]]] = {

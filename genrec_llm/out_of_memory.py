@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from genrec_llm.args import GenRecTrainingArguments
-from genrec_llm.batching import as_tensors
-from genrec_llm.errors import ConfigError
+from genrec_llm.batching import heaviest_batch
+from genrec_llm.errors import ConfigError, counted
 from genrec_llm.memory import Estimate, estimate
+from genrec_llm.model import unwrapped
 from genrec_llm.tasks import Task
 
 ADAM_BYTES, BUCKET_BYTES = 8, 4
@@ -43,8 +43,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArguments) -> int:
     """Fewest accumulation steps, doubling those of `args`, with which the heaviest micro-batch fits. A collective.
 
-    Tried on the longest examples that there are, forward and backward, with Adam's memory set aside. The global batch stays
-    what it is, so that the number found changes no result but the sums' last digits.
+    Tried on a packed micro-batch, or, padded, on the longest examples that there are, forward and backward, with Adam's
+    memory set aside. The global batch stays what it is, so that the number found changes no result but the sums' last
+    digits.
 
     Raises:
         ConfigError: not even one example fits, or the weights are shared out (ZeRO-3, FSDP), where nothing can be tried
@@ -56,23 +57,30 @@ def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArgum
             "estimate` which --gradient-accumulation-steps fits"
         )
     model.to(args.device)
-    longest = np.argsort(-task.lengths, kind="stable")
-    most = args.global_batch_size // args.world_size
+    steps = -(-len(task.lengths) // args.global_batch_size)
+    most = len(task.lengths) // steps // args.world_size  # of the smallest global batch
     accumulation = min(args.gradient_accumulation_steps, most)
     while True:
-        size = -(-args.global_batch_size // (args.world_size * accumulation))
-        if all(gather_object([_fits(model, task, longest[:size], args)])):
+        heaviest = heaviest_batch(
+            task,
+            args.global_batch_size,
+            seed=args.seed,
+            shares=args.world_size * accumulation,
+            packed=args.packing and unwrapped(model).packs,
+        )
+        if all(gather_object([_fits(model, heaviest, args)])):
             return accumulation
         if accumulation == most:
+            size = counted(len(heaviest["decoder_input_ids"]), "example")
             raise ConfigError(
-                f"auto_batch_size: not even {size} example of {int(task.lengths.max())} items a process fits into memory: "
+                f"auto_batch_size: not even {size} of {int(task.lengths.max())} tokens a process fits into memory: "
                 "take a smaller backbone, --quantization 4bit, a smaller --max-history, or ZeRO-3 on several GPUs"
             )
         accumulation = min(2 * accumulation, most)
 
 
-def _fits(model: nn.Module, task: Task, examples: np.ndarray, args: GenRecTrainingArguments) -> bool:
-    """Whether a forward and a backward of these examples find the memory they need. No draw of dropout is used up."""
+def _fits(model: nn.Module, heaviest: dict[str, torch.Tensor], args: GenRecTrainingArguments) -> bool:
+    """Whether a forward and a backward of a micro-batch find the memory they need. No draw of dropout is used up."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     beside = trained * (ADAM_BYTES + (BUCKET_BYTES if args.world_size > 1 else 0))
     devices = [args.device] if args.device.type == "cuda" else []
@@ -80,7 +88,7 @@ def _fits(model: nn.Module, task: Task, examples: np.ndarray, args: GenRecTraini
     with torch.random.fork_rng(devices):
         try:
             aside = torch.empty(beside, dtype=torch.uint8, device=args.device)
-            batch = {name: value.to(args.device) for name, value in as_tensors(task.batch(0, examples)).items()}
+            batch = {name: value.to(args.device) for name, value in heaviest.items()}
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = model.train()(**batch).loss
             loss.backward()

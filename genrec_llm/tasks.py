@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 Batch = dict[str, IntArray]
 DecoderPrompt = Literal["last-item", "mask"]
+IGNORED = -100
+"""Label of a place that has no target; torch's cross-entropy leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,18 @@ class PromptLayout:
         """Token ids of user rows."""
         return self.first_user_id + rows
 
+    def tokens(self, items: IntArray, *, appended: bool) -> IntArray:
+        """Tokens of the encoder's input for so many items, with a mask appended or put in place of items."""
+        return items + int(self.user_token) + int(appended) + 1
+
     def encode(
-        self, items: IntArray, lengths: IntArray, users: IntArray, masked: npt.NDArray[np.bool_] | None = None
+        self,
+        items: IntArray,
+        lengths: IntArray,
+        users: IntArray,
+        masked: npt.NDArray[np.bool_] | None = None,
+        *,
+        targets: int = 1,
     ) -> Batch:
         """Token ids of a batch.
 
@@ -144,11 +156,12 @@ class PromptLayout:
             lengths: items that count, `[batch]`.
             users: user rows, `[batch]`.
             masked: items to hide, `[batch, longest]`; without it one mask is appended after each history.
+            targets: places for hidden items of a row, at least as many as any row has.
 
         Returns:
-            `input_ids` and `attention_mask` `[batch, tokens]`, `decoder_input_ids` `[targets, 1 or 2]`; with `masked`
-            also `labels` (item indices, `[targets]`) and, where a row has several targets, `target_rows` (the row of
-            each, `[targets]`).
+            `input_ids` and `attention_mask` `[batch, tokens]`, `decoder_input_ids` `[batch, 1 or 2]`; with `masked`
+            `decoder_input_ids` `[batch, targets, 1 or 2]`, a prompt for each hidden item, and `labels` `[batch, targets]`:
+            their indices, `IGNORED` where a row has fewer.
         """
         batch, longest = items.shape
         position = np.arange(longest)
@@ -184,14 +197,17 @@ class PromptLayout:
             rows, columns = np.nonzero(hidden)
             mask_tokens = np.take(self.mask_ids, order[rows, columns])
             left = np.where(columns > 0, visible_upto[rows, np.maximum(columns - 1, 0)], -1)
-            encoded["labels"] = items[rows, columns]
-            if not np.array_equal(rows, row):
-                encoded["target_rows"] = rows
         prompt = mask_tokens[:, None]
         if self.decoder_prompt == "last-item":
             neighbour = items[rows, np.maximum(left, 0)] if longest else np.zeros(batch, dtype=np.int64)
             prompt = np.stack([mask_tokens, np.where(left >= 0, self.base + neighbour, user_ids[rows])], axis=1)
-        return encoded | {"decoder_input_ids": prompt}
+        if masked is None:
+            return encoded | {"decoder_input_ids": prompt}
+        prompts = np.full((batch, targets, prompt.shape[1]), self.pad_id, dtype=np.int64)
+        labels = np.full((batch, targets), IGNORED, dtype=np.int64)
+        prompts[rows, order[rows, columns]] = prompt
+        labels[rows, order[rows, columns]] = items[rows, columns]
+        return encoded | {"decoder_input_ids": prompts, "labels": labels}
 
     def encode_histories(self, histories: Sequence[IntArray], users: IntArray) -> Batch:
         """Token ids that ask for the item after each history (item indices, oldest first; may be empty)."""
@@ -207,7 +223,7 @@ class Task(Protocol):
     """Examples of one training stage; an example's content depends on (seed, epoch, example) alone."""
 
     lengths: IntArray
-    """Items in the encoder's input, `[examples]`: what batches are balanced by."""
+    """Tokens of the encoder's input, `[examples]`: what batches are balanced by."""
 
     def batch(self, epoch: int, examples: IntArray) -> Batch:
         """Token ids of the given examples as they are in `epoch`, with their `labels`."""
@@ -272,7 +288,8 @@ class MaskedItem:
             raise ConfigError(
                 "dataset: no user has two items in the training part, so nothing can be masked: more data"
             )
-        self.lengths = np.minimum(sequences.lengths()[self.owners], layout.max_history)
+        self.shown = np.minimum(sequences.lengths()[self.owners], layout.max_history)
+        self.lengths = layout.tokens(self.shown, appended=False)
 
     def user_rows(self, examples: IntArray) -> IntArray:
         """See `Task.user_rows`."""
@@ -280,7 +297,7 @@ class MaskedItem:
 
     def batch(self, epoch: int, examples: IntArray) -> Batch:
         """See `Task.batch`. Of a sequence longer than the history length a random window is taken."""
-        owner, lengths = self.owners[examples], self.lengths[examples]
+        owner, lengths = self.owners[examples], self.shown[examples]
         spare = self.sequences.lengths()[owner] - lengths
         window = (uniform(self.seed, epoch, examples, 0) * (spare + 1)).astype(np.int64)
         items = _gather(self.sequences, self.sequences.offsets[owner] + window, lengths)
@@ -293,7 +310,7 @@ class MaskedItem:
         keys[np.flatnonzero(last), lengths[last] - 1] = -1.0
         rank = keys.argsort(axis=1).argsort(axis=1)
         masked = rank < np.minimum(self.masks_per_sequence, lengths - 1)[:, None]
-        return self.layout.encode(items, lengths, users, masked)
+        return self.layout.encode(items, lengths, users, masked, targets=self.masks_per_sequence)
 
 
 class NextItem:
@@ -330,7 +347,8 @@ class NextItem:
         if not len(self.owners):
             raise ConfigError("dataset: no user has two items in the training part, so there is no target: more data")
         self.ends = ends
-        self.lengths = np.minimum(ends, layout.max_history)
+        self.shown = np.minimum(ends, layout.max_history)
+        self.lengths = layout.tokens(self.shown, appended=True)
 
     def user_rows(self, examples: IntArray) -> IntArray:
         """See `Task.user_rows`."""
@@ -338,7 +356,7 @@ class NextItem:
 
     def batch(self, epoch: int, examples: IntArray) -> Batch:
         """See `Task.batch`."""
-        owner, lengths = self.owners[examples], self.lengths[examples]
+        owner, lengths = self.owners[examples], self.shown[examples]
         target = self.sequences.offsets[owner] + self.ends[examples]
         items = _gather(self.sequences, target - lengths, lengths)
         users = _drawn_users(self.sequences, owner, self.user_dropout, uniform(self.seed, epoch, examples, 1))

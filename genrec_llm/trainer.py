@@ -35,11 +35,12 @@ from genrec_llm.errors import ConfigError, ExportError, listed
 from genrec_llm.evaluation import EvalData, user_batches
 from genrec_llm.files import writing
 from genrec_llm.guards import EarlyStopping, Losses, SameWeights, StopOnSignal
+from genrec_llm.kernels import quicken
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.out_of_memory import fitting_accumulation
 from genrec_llm.sparse_rows import LazyAdamW, exchange, make_sparse, with_dense_gradients
-from genrec_llm.tasks import IntArray, PromptLayout, Task
+from genrec_llm.tasks import IGNORED, IntArray, PromptLayout, Task
 from genrec_llm.world import Watch, describe_launch, from_first, leave
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class GenRecTrainer(Seq2SeqTrainer):
             if not layout.user_token:
                 raise ConfigError("sparse_user_rows: there are no user rows with --users none: leave it out")
             make_sparse(model, id_tokens_of(model).user_in)
+        if args.kernels:
+            quicken(model)
         if args.auto_batch_size:
             args.accumulate(fitting_accumulation(model, task, args))
         super().__init__(model=model, args=args, eval_dataset=validation)
@@ -102,9 +105,15 @@ class GenRecTrainer(Seq2SeqTrainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
             seed=self.args.seed,
+            packed=self.packed,
             workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows of tokens hold several examples each."""
+        return self.args.packing and unwrapped(self.model).packs
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or `--optim`) with two groups of learning rates: adapters or backbone, and id rows."""
@@ -175,7 +184,9 @@ class GenRecTrainer(Seq2SeqTrainer):
         samples, targets = super().get_batch_samples(*args, **kwargs)
         if not self.counted:
             self.counted = True
-            here = torch.tensor(sum(len(batch["input_ids"]) for batch in samples), device=self.args.device)
+            labels = [batch["labels"].view(len(batch["labels"]), -1) for batch in samples]
+            filled = sum(int((of_batch != IGNORED).any(dim=1).sum()) for of_batch in labels)
+            here = torch.tensor(filled, device=self.args.device)
             step = self.state.global_step + 1
             got, wanted = int(self.accelerator.reduce(here, "sum")), len(self._examples(step))
             if got != wanted:
@@ -204,7 +215,9 @@ class GenRecTrainer(Seq2SeqTrainer):
 
     def _examples(self, step: int) -> IntArray:
         """The global batch of a step, counted from 1."""
-        batches = GlobalBatches(self.task.lengths, self.args.global_batch_size, seed=self.args.seed, shares=1)
+        batches = GlobalBatches(
+            self.task.lengths, self.args.global_batch_size, seed=self.args.seed, shares=1, alike=not self.packed
+        )
         epoch, place = divmod(step - 1, batches.steps)
         return batches.epoch(epoch)[place]
 

@@ -27,18 +27,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int, *, rank: str = "0") -> list[int]:
-    """A device on which training forwards of more than `most` rows find no memory; the sizes that were asked for."""
+def limit_examples(monkeypatch: pytest.MonkeyPatch, most: int, *, rank: str = "0") -> list[int]:
+    """A device on which training forwards of more than `most` examples find no memory; the sizes that were asked for."""
     asked: list[int] = []
     forward = GenRecBackbone.forward
 
-    def limited(self: GenRecBackbone, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def limited(self: GenRecBackbone, decoder_input_ids: torch.Tensor, **kwargs: Any) -> Any:
         if self.training:
-            asked.append(len(input_ids))
-            if len(input_ids) > most:
+            asked.append(len(decoder_input_ids))
+            if len(decoder_input_ids) > most:
                 monkeypatch.setenv("LOCAL_RANK", rank)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, input_ids, *args, **kwargs)
+        return forward(self, decoder_input_ids=decoder_input_ids, **kwargs)
 
     monkeypatch.setattr(GenRecBackbone, "forward", limited)
     return asked
@@ -49,7 +49,7 @@ def test_the_accumulation_that_fits_is_found_and_the_model_is_that_of_one_pass(
 ) -> None:
     same = ("--dropout", 0, "--lora-dropout", 0, "--max-steps", 6)
     tiny.train(home / "base", home, tmp_path / "whole", *same)
-    asked = limit_rows(monkeypatch, 9)
+    asked = limit_examples(monkeypatch, 9)
     tiny.train(home / "base", home, tmp_path / "parts", *same, "--auto-batch-size")
     assert "global_batch_size 32, accumulation 4" in capsys.readouterr().out
     assert asked[:3] == [32, 16, 8] and max(asked[3:]) <= 8
@@ -71,18 +71,18 @@ def test_trying_uses_up_no_draw(home: Path, tmp_path: Path) -> None:
 def test_where_not_even_one_example_fits_the_mend_is_named(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit_rows(monkeypatch, 0)
+    limit_examples(monkeypatch, 0)
     with pytest.raises(SystemExit):
         tiny.train(home / "base", home, tmp_path / "run", "--auto-batch-size")
     assert re.search(
-        r"error: auto_batch_size: not even 1 example of \d+ items .* --quantization 4bit", capsys.readouterr().err
+        r"error: auto_batch_size: not even [12] examples? of \d+ tokens .* --quantization 4bit", capsys.readouterr().err
     )
 
 
 def test_an_error_in_training_shows_the_estimate_and_what_helps(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit_rows(monkeypatch, 9, rank="3")  # it is this process's error alone, so this process says it
+    limit_examples(monkeypatch, 9, rank="3")  # it is this process's error alone, so this process says it
     with pytest.raises(SystemExit) as ended:
         tiny.train(home / "base", home, tmp_path / "run")
     error = capsys.readouterr().err

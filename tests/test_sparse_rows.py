@@ -82,8 +82,9 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 def users_of_steps(built: GenRecTrainer, steps: int) -> np.ndarray:
     first = built.layout.first_user_id
-    ids = [batch["input_ids"][:, 0].numpy() - first for batch in built.get_train_dataloader()]
-    return np.unique(np.concatenate(ids[: steps * built.args.gradient_accumulation_steps]))
+    ids = [batch["input_ids"].numpy().ravel() - first for batch in built.get_train_dataloader()]
+    of_steps = np.unique(np.concatenate(ids[: steps * built.args.gradient_accumulation_steps]))
+    return of_steps[of_steps >= 0]
 
 
 # --- gradients ------------------------------------------------------------
@@ -301,9 +302,7 @@ def whole_run(home: Path) -> Path:
 def shares_of(task: Task, rank: int) -> list[list[dict[str, Tensor]]]:
     """The micro-batches of a process of two, by step."""
     micro = list(
-        train_loader(
-            task, global_batch_size=16, accumulation=2, rank=rank, world_size=2, seed=0, workers=0, pin_memory=False
-        )
+        train_loader(task, global_batch_size=16, accumulation=2, rank=rank, world_size=2, seed=0, packed=True)
     )[:16]
     return [micro[place : place + 2] for place in range(0, 16, 2)]
 

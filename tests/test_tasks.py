@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError
 from genrec_llm.model import prompt_layout
-from genrec_llm.tasks import Batch, MaskedItem, NextItem, PromptLayout, Sequences, Task, uniform
+from genrec_llm.tasks import IGNORED, Batch, MaskedItem, NextItem, PromptLayout, Sequences, Task, uniform
 from genrec_llm.vocab import IdVocab
 
 PAD, EOS = 0, 1
@@ -54,10 +54,12 @@ def rows_of(batch: Batch) -> list[tuple[list[int], list[tuple[list[int], int]]]]
     tokens = [
         ids[: int(mask.sum())].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    owners = batch.get("target_rows", np.arange(len(tokens)))
-    targets: list[list[tuple[list[int], int]]] = [[] for _ in tokens]
-    for row, prompt, label in zip(owners, batch["decoder_input_ids"], batch["labels"], strict=True):
-        targets[int(row)].append((prompt.tolist(), int(label)))
+    labels = batch["labels"].reshape(len(tokens), -1)
+    prompts = batch["decoder_input_ids"].reshape(*labels.shape, -1)
+    targets = [
+        [(prompt.tolist(), int(label)) for prompt, label in zip(*row, strict=True) if label != IGNORED]
+        for row in zip(prompts, labels, strict=True)
+    ]
     return list(zip(tokens, targets, strict=True))
 
 
@@ -116,23 +118,24 @@ def test_histories_that_are_all_empty_are_laid_out() -> None:
 def test_several_masks_are_told_apart_and_look_at_the_nearest_visible_item_on_their_left() -> None:
     items = np.array([[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]])
     masked = np.array([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=bool)  # beyond a row's length nothing counts
-    batch = layout().encode(items, np.array([5, 2]), np.array([4, 0]), masked)
+    batch = layout().encode(items, np.array([5, 2]), np.array([4, 0]), masked, targets=3)
     assert batch["input_ids"].tolist() == [
         [204, 99, 102, 97, 98, 105, EOS],
         [200, 106, 99, EOS, PAD, PAD, PAD],
     ]
     assert batch["attention_mask"].sum(axis=1).tolist() == [7, 4]
-    assert batch["labels"].tolist() == [1, 3, 4, 7]
-    assert batch["target_rows"].tolist() == [0, 0, 0, 1]
+    assert batch["labels"].tolist() == [[1, 3, 4], [7, IGNORED, IGNORED]]
     # No item to the left of the first: the user. The third's neighbour is hidden itself, so it looks past it.
-    assert batch["decoder_input_ids"].tolist() == [[99, 204], [97, 102], [98, 102], [99, 106]]
+    assert batch["decoder_input_ids"].tolist() == [
+        [[99, 204], [97, 102], [98, 102]],
+        [[99, 106], [PAD, PAD], [PAD, PAD]],
+    ]
 
 
-def test_the_target_rows_say_whose_the_targets_are_when_one_row_has_none() -> None:
+def test_a_row_without_a_hidden_item_has_no_label() -> None:
     masked = np.array([[0, 0, 0], [1, 1, 0]], dtype=bool)
-    batch = layout().encode(np.array([[1, 2, 3], [4, 5, 6]]), np.array([3, 3]), np.array([1, 2]), masked)
-    assert batch["labels"].tolist() == [4, 5]
-    assert batch["target_rows"].tolist() == [1, 1]
+    batch = layout().encode(np.array([[1, 2, 3], [4, 5, 6]]), np.array([3, 3]), np.array([1, 2]), masked, targets=2)
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED], [4, 5]]
 
 
 def test_the_mask_tokens_are_looked_up_not_computed(shared_data: Path) -> None:
@@ -214,7 +217,7 @@ def test_validation_and_test_items_are_never_in_a_training_example(max_history: 
             seen = {
                 *batch["input_ids"].ravel(),
                 *batch["decoder_input_ids"].ravel(),
-                *(ITEM + batch["labels"]),
+                *(ITEM + batch["labels"][batch["labels"] != IGNORED]),
             }
             assert not seen & forbidden
             seen_anywhere |= seen
@@ -235,7 +238,7 @@ def test_a_masked_row_is_a_window_of_its_users_sequence_with_the_right_number_of
         for example, (tokens, targets) in zip(examples, rows_of(task.batch(epoch, examples)), strict=True):
             sequence = train[task.owners[example]].tolist()
             length = min(len(sequence), 6)
-            assert task.lengths[example] == length
+            assert task.lengths[example] == length + 2 == len(tokens)  # user and end
             assert len(targets) == min(masks, length - 1)  # one item at least stays visible
             assert tokens[0] in (USER, USER + train.users[task.owners[example]])
             window = restored(tokens, [label for _, label in targets])
@@ -322,7 +325,7 @@ def test_every_prefix_is_an_example_exactly_once(targets: str) -> None:
         assert (mask, end) == (99, EOS)
         assert prompt == [99, body[-1]]
         found.append((user - USER, [token - ITEM for token in body], label))
-    assert task.lengths.tolist() == [len(history) for _, history, _ in found]
+    assert task.lengths.tolist() == [len(history) + 3 for _, history, _ in found]  # user, mask and end
     assert sorted(found) == sorted(written_out(train, targets == "last", 6))
 
 

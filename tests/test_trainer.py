@@ -26,7 +26,7 @@ from genrec_llm.loading import Loaded
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import Data, build_model, load_data, load_run_data
-from genrec_llm.tasks import MaskedItem, NextItem, Task
+from genrec_llm.tasks import IGNORED, MaskedItem, NextItem, Task
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.world import describe_launch
 
@@ -134,8 +134,9 @@ def test_the_rows_decay_by_their_own_weight_decay_alone(trainer) -> None:
 
 def used_users(built: GenRecTrainer) -> np.ndarray:
     first = built.layout.first_user_id
-    ids = [batch["input_ids"][:, 0].numpy() - first for batch in built.get_train_dataloader()]
-    return np.unique(np.concatenate(ids[: built.args.max_steps]))
+    ids = [batch["input_ids"].numpy().ravel() - first for batch in built.get_train_dataloader()]
+    used = np.unique(np.concatenate(ids[: built.args.max_steps]))
+    return used[used >= 0]
 
 
 # --- steps -------------------------------------------------------------
@@ -148,9 +149,11 @@ def test_the_first_loss_is_the_mean_over_the_targets_of_the_first_global_batch(
     built = trainer(masks=masks, max_steps=1, global_batch_size=16)
     batches = GlobalBatches(built.task.lengths, 16, seed=0, shares=1)
     batch = as_tensors(built.task.batch(0, batches.epoch(0)[0]))
-    labels = batch.pop("labels")
+    labels = batch.pop("labels").flatten()
+    there = labels != IGNORED
     with torch.no_grad():
-        surprise = -built.model.eval()(**batch).logits.log_softmax(dim=1)  # of every item
+        surprise = -built.model.eval()(**batch).logits[there].log_softmax(dim=1)  # of every item
+    labels = labels[there]
     expected = float((1 - smoothing) * surprise[range(len(labels)), labels].mean() + smoothing * surprise.mean())
     assert len(labels) > 16 or not masks
     built = trainer(
@@ -175,7 +178,7 @@ def test_accumulation_trains_the_same_weights(trainer, kind: str, masks: int) ->
         run.train()
     whole, parts = (trainable(run.model) for run in runs)
     for name in start:
-        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=3e-6)  # fp32 sums in another order
     assert max(float((whole[name] - start[name]).abs().max()) for name in start) > 1e-2
     np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
     assert len(losses(runs[0])) == 6

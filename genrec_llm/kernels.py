@@ -1,0 +1,270 @@
+"""Faster forms of a T5 backbone's layers. Each computes what the layer of transformers in whose place it works computes.
+
+`quicken` gives layers another `forward`; weights, their names and checkpoints stay what they are. Little is kept for the
+backward pass: each kernel keeps its inputs and computes the rest again where that costs less than memory traffic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
+from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5DenseGatedActDense, MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
+
+NORMS = (T5LayerNorm, MT5LayerNorm)
+GATED = (T5DenseGatedActDense, MT5DenseGatedActDense)
+ATTENTION = (T5Attention, MT5Attention)
+STEPS = 2**16
+"""Dropout probabilities are rounded to one in so many on a CPU."""
+
+
+def quicken(model: nn.Module) -> None:
+    """Let the layers of a T5-family model, and dropout anywhere in it, use the kernels of this module; others stay."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
+        elif isinstance(module, GATED) and isinstance(module.act, NewGELUActivation):
+            module.forward = MethodType(_gated_gelu, module)
+        elif type(module) is nn.Dropout:
+            module.forward = MethodType(_dropout, module)
+        elif isinstance(module, ATTENTION) and module.is_decoder and not module.is_causal:
+            module.forward = MethodType(_cross_attention, module)
+
+
+# --- T5's norm --------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """`T5LayerNorm.forward`: RMSNorm (Zhang and Sennrich, 2019), `[…, d_model]`."""
+    if hidden_states.dtype != self.weight.dtype:
+        stock: Tensor = type(self).forward(self, hidden_states)
+        return stock
+    if hidden_states.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+    normed: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """In fp32 or bf16 on a CPU, where torch 2.13 has no fused kernel: keeps its input and one factor a token."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        factor = square.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, factor)
+        return (x * factor).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, factor = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient * weight
+            along = torch.linalg.vecdot(of_x, x).unsqueeze(-1).to(torch.float32).mul_(factor**3 / -x.shape[-1])
+            of_x = (of_x * factor).addcmul_(x, along).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * (x * factor)).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        return of_x, of_weight, None
+
+
+# --- gated GELU -------------------------------------------------------------------------------------------------------
+
+
+def _gated_gelu(self: Any, hidden_states: Tensor) -> Tensor:
+    """`T5DenseGatedActDense.forward` with GELU's tanh approximation (Shazeer, 2020), `[…, d_model]`."""
+    hidden_states = _GatedGelu.apply(self.wi_0(hidden_states), self.wi_1(hidden_states))
+    hidden_states = self.dropout(hidden_states)
+    if hidden_states.dtype != self.wo.weight.dtype and self.wo.weight.is_floating_point():
+        hidden_states = hidden_states.to(self.wo.weight.dtype)  # where transformers keeps wo in fp32
+    projected: Tensor = self.wo(hidden_states)
+    return projected
+
+
+class _GatedGelu(torch.autograd.Function):
+    """gelu(gate) × value, which keeps the two alone; transformers' form in Python keeps seven tensors of their size."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return F.gelu(gate, approximate="tanh").mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        of_gate = torch.ops.aten.gelu_backward(gradient * value, gate, approximate="tanh")
+        return of_gate, F.gelu(gate, approximate="tanh").mul_(gradient)
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def _dropout(self: Any, hidden_states: Tensor) -> Tensor:
+    """`nn.Dropout.forward`."""
+    if not self.training or self.p == 0 or hidden_states.device.type != "cpu":
+        return F.dropout(hidden_states, self.p, self.training)
+    dropped: Tensor = _Dropout.apply(hidden_states, self.p)
+    return dropped
+
+
+class _Dropout(torch.autograd.Function):
+    """On a CPU torch draws a number a value and keeps the mask in the values' type: here 64 random bits serve for four."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = (bits[: x.numel()] >= round(p * STEPS) - STEPS // 2).view(x.shape)
+        ctx.save_for_backward(kept)
+        ctx.scale = 1 / (1 - round(p * STEPS) / STEPS)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return (gradient * kept).mul_(ctx.scale), None
+
+
+# --- cross-attention of a short prompt --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedStates:
+    """An encoder's states as they were computed, several examples in a row.
+
+    Args:
+        rows: `[rows, row length, d_model]`.
+        segments: where the tokens of each example are in the flattened rows, `[examples, longest]`; -1 beyond its end.
+    """
+
+    rows: Tensor
+    segments: Tensor
+
+    def of_examples(self, states: Tensor) -> Tensor:
+        """States `[rows, row length, width]` as `[examples, longest, width]`; beyond an example's end stand any."""
+        return states.flatten(0, 1)[self.segments.clamp(min=0)]
+
+
+def _cross_attention(
+    self: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    packed: PackedStates | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, None]:
+    """`T5Attention.forward` of a prompt's few queries, `[examples, prompt, d_model]`, over the states of its example.
+
+    Args:
+        mask: which states a query sees, `[examples, 1, prompt, tokens]`.
+        key_value_states: `[examples, tokens, d_model]`.
+        packed: the same states where several examples share a row.
+    """
+    if past_key_values is not None or mask is None or mask.dtype != torch.bool or key_value_states is None:
+        stock: tuple[Tensor, Tensor | None, None] = type(self).forward(
+            self, hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+        )
+        return stock
+    query = self.q(hidden_states).view(*hidden_states.shape[:2], self.n_heads, -1)
+    dropout = self.dropout if self.training else 0.0
+    key, value = _factors(self.k), _factors(self.v)
+    if key is not None and value is not None:
+        if (
+            query.is_cuda and torch.is_grad_enabled()
+        ):  # what it keeps is computed again: it would be most of a step's memory
+            found = checkpoint(_absorbed, query, key_value_states, mask, key, value, dropout, use_reentrant=False)
+        else:
+            found = _absorbed(query, key_value_states, mask, key, value, dropout)
+    else:
+        keys, values = (
+            part(key_value_states) if packed is None else packed.of_examples(part(packed.rows))
+            for part in (self.k, self.v)
+        )
+        shape = (*keys.shape[:2], self.n_heads, -1)
+        found = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2),
+            attn_mask=mask, dropout_p=dropout, scale=1.0,
+        ).transpose(1, 2)  # fmt: skip
+    return self.o(found.flatten(2)), position_bias, None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A linear layer as products: x Wᵀ + Σ s (x Aᵀ) Bᵀ.
+
+    Args:
+        weight: W `[heads × size, d_model]`.
+        adapters: (A `[r, d_model]`, B `[heads × size, r]`, s) of each LoRA adapter.
+    """
+
+    weight: Tensor
+    adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()
+
+    def to_states(self, query: Tensor) -> Tensor:
+        """q W of each head, `[heads, queries, size] → [heads, queries, d_model]`."""
+        heads, _, size = query.shape
+        wanted = torch.bmm(query, self.weight.view(heads, size, -1))
+        for down, up, scaling in self.adapters:
+            wanted = wanted + scaling * (torch.bmm(query.to(up.dtype), up.view(heads, size, -1)) @ down)
+        return wanted.to(query.dtype)
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """x Wᵀ of each head, `[heads, queries, d_model] → [heads, queries, size]`."""
+        heads = len(states)
+        found = torch.bmm(states, self.weight.view(heads, -1, states.shape[-1]).transpose(1, 2))
+        for down, up, scaling in self.adapters:
+            narrow = states.to(down.dtype) @ down.t()
+            found = found + scaling * torch.bmm(narrow, up.view(heads, -1, up.shape[-1]).transpose(1, 2))
+        return found.to(states.dtype)
+
+
+def _factors(linear: nn.Module) -> Factors | None:
+    """None where a layer is no such product (quantised, with dropout before its adapter), or not whole here (ZeRO-3)."""
+    base = linear.base_layer if isinstance(linear, LoraLinear) else linear
+    if type(base) is not nn.Linear or base.bias is not None or not base.weight.numel():
+        return None
+    if base is linear or linear.disable_adapters or linear.merged:
+        return Factors(base.weight)
+    names = linear.active_adapters
+    if linear.training and not all(isinstance(linear.lora_dropout[name], nn.Identity) for name in names):
+        return None
+    return Factors(
+        base.weight,
+        tuple((linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name]) for name in names),
+    )
+
+
+def _absorbed(query: Tensor, states: Tensor, mask: Tensor, key: Factors, value: Factors, dropout: float) -> Tensor:
+    """Attention without keys and values: with few queries to many states the matrices are cheaper on the queries' side.
+
+    q · (W h) = (Wᵀ q) · h before the softmax, and Σ a (W h) = W (Σ a h) after it.
+
+    Args:
+        query: `[examples, prompt, heads, size]`.
+        states: `[examples, tokens, d_model]`.
+
+    Returns:
+        `[examples, prompt, heads, size]`.
+    """
+    examples, prompt, heads, size = query.shape
+    by_head = query.view(-1, heads, size).transpose(0, 1)
+    wanted = key.to_states(by_head).transpose(0, 1).reshape(examples, prompt * heads, -1)
+    scores = torch.bmm(wanted, states.transpose(1, 2)).view(examples, prompt, heads, -1)
+    scores = scores.masked_fill(~mask.transpose(1, 2), torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(dim=-1), dropout).view(examples, prompt * heads, -1).to(states.dtype)
+    seen = torch.bmm(weights, states).view(examples * prompt, heads, -1).transpose(0, 1)
+    return value.of_states(seen).transpose(0, 1).reshape(examples, prompt, heads, size)
