@@ -31,11 +31,11 @@ def quicken(model: nn.Module) -> None:
     """Let the layers of a T5-family model, and dropout anywhere in it, use the kernels of this module; others stay."""
     for module in model.modules():
         if isinstance(module, NORMS):
-            module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_rms_norm, module)
         elif isinstance(module, GATED) and isinstance(module.act, NewGELUActivation):
             module.forward = MethodType(_gated_gelu, module)
         elif type(module) is nn.Dropout:
-            module.forward = MethodType(_dropout, module)
+            module.forward = MethodType(_dropout, module)  # type: ignore[method-assign]
         elif isinstance(module, ATTENTION) and module.is_decoder and not module.is_causal:
             module.forward = MethodType(_cross_attention, module)
 

@@ -534,6 +534,7 @@ def load_merged(
             folder,
             config=config,
             dtype=dtype or "auto",
+            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -434,6 +434,7 @@ def load_backbone(
     if init == "random":
         return own_head(config).to(dtype), tokenizer
     options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **quantization}
+    options["attn_implementation"] = "sdpa"  # `last_hidden` gives masks as it takes them
     try:
         model, info = own_head.from_pretrained(name, output_loading_info=True, **options)
         if own_head is not tied_head and "lm_head.weight" in info["missing_keys"]:

@@ -28,8 +28,6 @@ from genrec_llm.tasks import MaskedItem, NextItem, PromptLayout, Sequences
 SIZES: dict[str, Any] = {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_heads": 3, "num_layers": 1}
 CONFIG = T5Config(**SIZES, feed_forward_proj="gated-gelu", dropout_rate=0.0, is_decoder=True)
 CONFIG._attn_implementation = "sdpa"
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-"""fp32 sums in another order."""
 
 
 def both(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -40,6 +38,12 @@ def both(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     quick = copy.deepcopy(layer)
     quicken(quick)
     return layer, quick
+
+
+def assert_same(expected: list[Tensor], found: list[Tensor]) -> None:
+    """The same values and gradients, but for fp32 sums in another order: relative to the largest of each tensor."""
+    for one, other in zip(expected, found, strict=True):
+        assert (other - one).abs().max() <= 1e-5 * one.abs().max()
 
 
 def results(
@@ -58,10 +62,7 @@ def results(
 def test_the_norm_is_that_of_transformers(layer: nn.Module, trains: bool) -> None:
     stock, quick = (one.requires_grad_(trains) for one in both(layer))
     inputs = (torch.randn(3, 5, 24) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None],)
-    for one, other in zip(
-        results(stock, inputs, stock.parameters()), results(quick, inputs, quick.parameters()), strict=True
-    ):
-        torch.testing.assert_close(other, one, **CLOSE)
+    assert_same(results(stock, inputs, stock.parameters()), results(quick, inputs, quick.parameters()))
 
 
 def test_the_norm_keeps_its_precision_where_weights_are_in_bf16() -> None:
@@ -74,19 +75,17 @@ def test_the_norm_keeps_its_precision_where_weights_are_in_bf16() -> None:
         torch.testing.assert_close(other, one, rtol=2**-6, atol=2**-6)  # a rounding of bf16, or two
 
 
-@pytest.mark.parametrize(
-    "layer", [T5DenseGatedActDense(CONFIG), MT5DenseGatedActDense(MT5Config(**SIZES, dropout_rate=0.0))]
-)
+MT5 = MT5Config(**SIZES, dropout_rate=0.0)
+
+
+@pytest.mark.parametrize("layer", [T5DenseGatedActDense(CONFIG), MT5DenseGatedActDense(MT5)])
 def test_the_gated_gelu_is_that_of_transformers(layer: nn.Module) -> None:
     stock, quick = both(layer)
     inputs = (4 * torch.randn(5, 3, 24),)
-    for one, other in zip(
-        results(stock, inputs, stock.parameters()), results(quick, inputs, quick.parameters()), strict=True
-    ):
-        torch.testing.assert_close(other, one, **CLOSE)
+    assert_same(results(stock, inputs, stock.parameters()), results(quick, inputs, quick.parameters()))
 
 
-def test_a_plain_relu_stays_that_of_transformers() -> None:
+def test_another_gate_stays_that_of_transformers() -> None:
     layer = T5DenseGatedActDense(T5Config(**SIZES, feed_forward_proj="gated-silu"))
     quicken(layer)
     assert "forward" not in vars(layer)
@@ -163,8 +162,7 @@ def test_absorbed_cross_attention_is_that_of_transformers(targets: list[str] | N
     quicken(module)
     found = results(called, inputs, module.parameters())
     assert len(found) == 3 + len([p for p in module.parameters() if p.requires_grad])
-    for one, other in zip(expected, found, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert_same(expected, found)
     assert (found[2][~mask] == 0).all()  # no gradient to what no query sees
 
 
