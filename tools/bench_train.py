@@ -70,9 +70,8 @@ LORA = {"r": 16, "alpha": 32, "dropout": 0.05}
 RATE = 1e-3
 CHECKED_STEPS = 3
 CHECKED_EXAMPLES = 64
-SAME_LOSS = 1e-4
-"""Largest relative difference of two fp32 losses of one objective, in which the order of sums differs; in bf16 `SAME_LOSS_BF16`."""
-SAME_LOSS_BF16 = 2e-2
+SAME_LOSS, SAME_LOSS_BF16 = 1e-4, 2e-2
+"""Largest relative difference of the losses of one objective, whose sums differ in their order: in fp32, in bf16."""
 ARMS = {
     "a": "(a) Seq2SeqTrainer + PEFT, random batches",
     "b": "(b) Seq2SeqTrainer + PEFT, batches by length",
@@ -516,23 +515,22 @@ class Gate(TrainerCallback):
         self.link.send({"seconds": taken, "examples": self.examples, "peak": peak_bytes(self.meter.cuda)})
 
 
-def work(link: Connection, job: Job, log: str, checking: bool) -> None:
-    """What an arm's process does; whatever is printed in it goes to the file `log`."""
-    with open(log, "w") as file:
+def work(link: Connection, job: Job, folder: str, checking: bool) -> None:
+    """What an arm's process does; whatever is printed in it goes to a file in `folder`."""
+    with open(f"{folder}/{job.arm}.log", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(job.threads)
     data = load_data(DataArguments(dataset=job.dataset, data_dir=job.data_dir))
-    with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = trainer_of(job, data, folder)
-        if checking:
-            link.send(check(trainer, SHAPES[job.shape].layout(data)))
-            return
-        sample = trainer.get_train_dataloader().batch_sampler
-        examples = sum(map(len, sample)) if job.steps else len(trainer.get_train_dataloader().dataset)
-        trainer.add_callback(Gate(link, examples))
-        link.send({"examples": examples, "representative": getattr(sample, "representative", 1.0)})
-        trainer.train()
+    trainer: Any = trainer_of(job, data, f"{folder}/{job.arm}")
+    if checking:
+        link.send(check(trainer, SHAPES[job.shape].layout(data)))
+        return
+    sample = trainer.get_train_dataloader().batch_sampler
+    examples = sum(map(len, sample)) if job.steps else len(trainer.get_train_dataloader().dataset)
+    trainer.add_callback(Gate(link, examples))
+    link.send({"examples": examples, "representative": getattr(sample, "representative", 1.0)})
+    trainer.train()
 
 
 class Arm:
@@ -542,7 +540,7 @@ class Arm:
         self.job, self.log = job, Path(folder, f"{job.arm}.log")
         context = multiprocessing.get_context("spawn")
         self.link, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, job, str(self.log), checking), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, job, folder, checking), daemon=True)
         self.process.start()
         theirs.close()
 
