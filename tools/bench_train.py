@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -342,19 +341,23 @@ class Collator(DataCollatorForSeq2Seq):
         return super().__call__([{name: value for name, value in one.items() if name != "length"} for one in features])
 
 
-def rival(job: Job, data: Data, folder: str, kind: type[T5ForConditionalGeneration] = RivalT5) -> Seq2SeqTrainer:
-    """`Seq2SeqTrainer` + PEFT, with LoRA as ours and trainable tokens: items and users going in, items coming out."""
-    shape = SHAPES[job.shape]
-    layout = shape.layout(data)
-    model = backbone(kind, shape)
+def resized(kind: type[T5ForConditionalGeneration], shape: Shape, data: Data) -> Any:
+    """A model of transformers whose own tables hold the rows of items and users behind the base tokenizer's."""
+    layout, model = shape.layout(data), backbone(kind, shape)
     rows = rows_of(model, data, layout, tie=False)
     model.resize_token_embeddings(layout.vocab_size, mean_resizing=False)
-    items, users = range(layout.base, layout.first_user_id), range(layout.first_user_id, layout.vocab_size)
     with torch.no_grad():
-        model.shared.weight[items.start : items.stop] = rows.item_in.weight
-        model.shared.weight[users.start :] = rows.user_in.weight
-        model.lm_head.weight[items.start : items.stop] = rows.item_out.weight
-        model.lm_head.weight[users.start :] = 0
+        model.shared.weight[layout.base : layout.first_user_id] = rows.item_in.weight
+        model.shared.weight[layout.first_user_id :] = rows.user_in.weight
+        model.lm_head.weight[layout.base : layout.first_user_id] = rows.item_out.weight
+        model.lm_head.weight[layout.first_user_id :] = 0
+    return model
+
+
+def rival(job: Job, data: Data, folder: str, kind: type[T5ForConditionalGeneration] = RivalT5) -> Seq2SeqTrainer:
+    """`Seq2SeqTrainer` + PEFT, with LoRA as ours and trainable tokens: items and users going in, items coming out."""
+    layout = SHAPES[job.shape].layout(data)
+    items, users = range(layout.base, layout.first_user_id), range(layout.first_user_id, layout.vocab_size)
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM", r=LORA["r"], lora_alpha=LORA["alpha"], lora_dropout=LORA["dropout"],
         target_modules=["q", "v"], trainable_token_indices={"shared": [*items, *users], "lm_head": [*items]},
@@ -364,7 +367,7 @@ def rival(job: Job, data: Data, folder: str, kind: type[T5ForConditionalGenerati
         train_sampling_strategy="group_by_length" if job.arm == "b" else "random",
     )  # fmt: skip
     return Rival(
-        get_peft_model(model, config),
+        get_peft_model(resized(kind, SHAPES[job.shape], data), config),
         training,
         train_dataset=rival_data(NextItem(data.train, layout, seed=0), layout, job.batch),
         data_collator=Collator(bare_tokenizer("t5")),
@@ -672,4 +675,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
