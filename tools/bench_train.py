@@ -12,8 +12,9 @@ the blocks after the first counts. Before that each arm shows, in a process of i
 that they should and nothing else, and that those with the same objective have the same loss.
 
 A block is a fair sample of an epoch's batches, the same ones in each block: every arm's own sampler deals out the whole
-data, the batches are sorted by their padded tokens, and --steps of them are taken at equal distances. With --epoch it is a
-whole epoch. On a GPU, CUDA events stand in for CPU time and allocated for resident memory.
+data, the batches are sorted by their padded tokens, and --steps of them are taken at equal distances. The block that does
+not count begins with the largest, so that peak memory is that of an epoch. With --epoch a block is a whole epoch. On a
+GPU, CUDA events stand in for CPU time and allocated for resident memory.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Job:
     data_dir: str | None
     batch: int = 64
     threads: int = 1
-    steps: int = 16
+    steps: int = 32
     blocks: int = 5
     settings: tuple[str, ...] = ()
 
@@ -167,9 +168,14 @@ class Job:
 
 
 def spread(costs: Sequence[int], steps: int) -> list[int]:
-    """Places of `steps` entries at equal distances in the order of `costs`, shuffled with a fixed seed."""
-    order = np.argsort(np.asarray(costs), kind="stable")
-    places = ((np.arange(steps) + 0.5) * len(order) / steps).astype(np.int64)
+    """Places of `steps` entries at equal distances in the order of `costs`, shuffled with a fixed seed.
+
+    Of all places where such a row can begin, that whose mean is nearest to the mean of all: a midpoint would miss the tail.
+    """
+    values = np.asarray(costs)
+    order = np.argsort(values, kind="stable")
+    rows = [((np.arange(steps) + begin) * len(order) / steps).astype(np.int64) for begin in np.arange(0, 1, 0.01)]
+    places = min(rows, key=lambda row: abs(values[order[row]].mean() - values.mean()))
     return [int(place) for place in np.random.default_rng(0).permutation(order[places])]
 
 
@@ -178,6 +184,7 @@ class Fixed:
 
     Attributes:
         representative: padded tokens of a batch, over those of the mean batch of the epoch that it stands for.
+        warming: while this is true, the epoch's largest batch stands first, so that peak memory is that of an epoch.
     """
 
     def __init__(self, loader: DataLoader[Any], steps: int) -> None:
@@ -189,14 +196,15 @@ class Fixed:
             for batch in batches
         ]
         chosen = spread(costs, steps)
-        self.batches = [batches[place] for place in chosen]
+        self.batches, self.largest = [batches[place] for place in chosen], batches[int(np.argmax(costs))]
         self.representative = float(np.mean([costs[place] for place in chosen]) / np.mean(costs))
+        self.warming = False
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        return iter([self.largest, *self.batches[1:]] if self.warming else self.batches)
 
 
 class OnSample(Seq2SeqTrainer):
@@ -505,12 +513,13 @@ def refuse(checks: dict[str, dict[str, Any]], *, bf16: bool) -> None:
 class Gate(TrainerCallback):
     """Waits for the word before each block and reports what it took."""
 
-    def __init__(self, link: Connection, examples: int) -> None:
-        self.link, self.examples = link, examples
+    def __init__(self, link: Connection, examples: int, sample: Any) -> None:
+        self.link, self.examples, self.sample = link, examples, sample
         self.meter = Meter(torch.cuda.is_available())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.link.recv()
+        self.sample.warming = state.global_step == 0
         self.meter.start()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -531,7 +540,7 @@ def work(link: Connection, job: Job, folder: str, checking: bool) -> None:
         return
     sample = trainer.get_train_dataloader().batch_sampler
     examples = sum(map(len, sample)) if job.steps else len(trainer.get_train_dataloader().dataset)
-    trainer.add_callback(Gate(link, examples))
+    trainer.add_callback(Gate(link, examples, sample))
     link.send({"examples": examples, "representative": getattr(sample, "representative", 1.0)})
     trainer.train()
 
@@ -629,7 +638,7 @@ def main() -> None:
         "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="at least one of them a rival, a or b"
     )
     parser.add_argument("--epoch", action="store_true", help="blocks are whole epochs")
-    parser.add_argument("--steps", type=int, default=16, help="steps of a block without --epoch")
+    parser.add_argument("--steps", type=int, default=32, help="steps of a block without --epoch")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of each arm that count, at least 3")
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in every arm")
