@@ -1,0 +1,278 @@
+"""The benchmarks measure what they say: wrong arms are refused, blocks are fair samples, ratios are of one run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import bench_results
+import bench_topn
+import bench_train
+import numpy as np
+import pytest
+import tiny
+import torch
+from bench_results import MEMORY, Row, compare, record, table
+from bench_topn import MASK, OURS, PREFIX, Bench
+from bench_train import SHAPES, Fixed, Job, RivalT5, check, refuse, resized, spread
+from torch.utils.data import DataLoader
+from transformers import T5ForConditionalGeneration
+
+from genrec_llm.args import DataArguments
+from genrec_llm.errors import ConfigError
+from genrec_llm.files import read_json
+from genrec_llm.runs import Data, load_data
+
+MADE = {"command": "x", "commit": "c", "hardware": "h", "versions": {}, "time": "t"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    path = tiny.save_log(tmp_path_factory.mktemp("bench") / "log.csv", users=50, items=60)
+    return load_data(DataArguments(dataset=str(path)))
+
+
+def job(arm: str, **changes: Any) -> Job:
+    return replace(Job(arm, "tiny", "log.csv", None, batch=8, steps=3, blocks=1), **changes)
+
+
+# --- training: what is timed is right ---------------------------------------------------------------------------------
+
+
+def test_every_arm_moves_the_rows_it_should_and_those_of_one_objective_have_one_loss(
+    data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("arms")
+    found = {arm: check(bench_train.trainer_of(job(arm), data, str(folder)), SHAPES["tiny"].layout(data))
+             for arm in bench_train.ARMS}  # fmt: skip
+    assert all(one["faults"] == [] for one in found.values()), found
+    refuse(found, bf16=False)
+    assert found["ours"]["loss"] < found["same-loss"]["loss"]  # over fewer candidates
+    with pytest.raises(ConfigError, match="different objectives"):
+        refuse({"a": found["a"], "same-loss": found["ours"]}, bf16=False)
+
+
+def test_a_rival_that_transformers_has_tied_is_refused(data: Data, tmp_path: Path) -> None:
+    wrong = bench_train.rival(job("a", steps=0), data, str(tmp_path), kind=T5ForConditionalGeneration)
+    found = check(wrong, SHAPES["tiny"].layout(data))
+    assert any("that the encoder read did not move" in fault for fault in found["faults"])
+    with pytest.raises(ConfigError, match="nothing was timed"):
+        refuse({"a": found}, bf16=False)
+
+
+def test_rows_that_should_stay_are_looked_at_too(data: Data, tmp_path: Path) -> None:
+    layout = SHAPES["tiny"].layout(data)
+    before = bench_train.Tables.of(resized(RivalT5, SHAPES["tiny"], data), layout)
+    encoder, others = before.encoder.clone(), before.others.clone()
+    encoder[5] += 1
+    others[0] += 1
+    after = replace(before, encoder=encoder, others=others, items=before.items + 1)
+    assert bench_train.faults(before, after, layout, torch.tensor([5])) == [
+        "1 rows of the base vocabulary moved in the encoder",
+        "encoder and decoder no longer have the same input rows",
+        "1 output rows moved that are no items",
+    ]
+
+
+def test_the_rival_reads_our_examples(data: Data, tmp_path: Path) -> None:
+    ours = bench_train.trainer_of(job("ours"), data, str(tmp_path))
+    rival = bench_train.trainer_of(job("b"), data, str(tmp_path))
+    batch = ours.task.batch(0, np.arange(4))
+    collated = rival.data_collator([rival.train_dataset[place] for place in range(4)])
+    assert np.array_equal(collated["input_ids"], batch["input_ids"])
+    assert np.array_equal(collated["attention_mask"], batch["attention_mask"])
+    assert np.array_equal(collated["decoder_input_ids"], batch["decoder_input_ids"])
+    assert np.array_equal(collated["labels"][:, -1], SHAPES["tiny"].layout(data).base + batch["labels"])
+    assert (collated["labels"][:, :-1] == -100).all()
+    assert sorted(rival.train_dataset["length"]) == sorted((ours.task.lengths + 3).tolist())
+
+
+def test_a_training_argument_that_does_not_exist_is_refused(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sparse_rows.*did you mean --sparse-user-rows"):
+        bench_train.trainer_of(job("ours", settings=("sparse_rows=true",)), data, str(tmp_path))
+
+
+# --- training: a block is fair ----------------------------------------------------------------------------------------
+
+
+def test_the_steps_of_a_block_stand_for_the_whole_epoch() -> None:
+    costs = np.random.default_rng(0).integers(1, 50, size=999) ** 2
+    chosen = spread(costs.tolist(), 9)
+    assert len(set(chosen)) == 9 and np.mean(costs[chosen]) == pytest.approx(np.mean(costs), rel=0.02)
+    assert chosen != sorted(chosen, key=lambda place: costs[place])
+
+
+class Lengths(list[int]):
+    """A data set of examples with so many tokens."""
+
+    def __getitems__(self, places: list[int]) -> list[int]:
+        return [self[place] for place in places]
+
+
+def test_the_block_that_does_not_count_has_the_largest_batch_of_the_epoch() -> None:
+    lengths = Lengths([*range(1, 33), 99, 2])
+    padded = DataLoader(
+        lengths, batch_size=2, collate_fn=lambda batch: {"input_ids": torch.empty(len(batch), max(batch))}
+    )
+    fixed = Fixed(padded, 4)
+    assert [32, 33] not in fixed.batches and list(fixed) == fixed.batches and len(fixed) == 4
+    fixed.warming = True
+    assert list(fixed) == [[32, 33], *fixed.batches[1:]]
+
+
+def test_every_block_has_the_same_batches_and_a_batch_by_length_has_less_padding(data: Data, tmp_path: Path) -> None:
+    tokens = {}
+    for arm in ("a", "b", "ours"):
+        trainer = bench_train.trainer_of(job(arm, steps=4), data, str(tmp_path))
+        blocks = [[batch["input_ids"] for batch in trainer.get_train_dataloader()] for _ in range(2)]
+        assert all(torch.equal(first, second) for first, second in zip(*blocks, strict=True))
+        whole: Any = bench_train.trainer_of(job(arm, steps=0), data, str(tmp_path)).get_train_dataloader()
+        tokens[arm] = sum(batch["input_ids"].numel() for batch in whole)
+        assert Fixed(whole, 4).representative == pytest.approx(1, rel=0.1)
+    assert tokens["b"] < 0.9 * tokens["a"]
+
+
+# --- the top 20 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(data: Data) -> Bench:
+    return Bench.build("tiny", data, 12)
+
+
+def test_all_arms_give_the_same_lists_in_batches_of_any_size(bench: Bench) -> None:
+    for size in (5, 12):
+        bench.refuse_other_lists({arm: ask(size) for arm, ask in bench.arms.items()})
+
+
+def test_an_arm_whose_lists_differ_is_refused(bench: Bench) -> None:
+    ours = bench.ours(4)
+    swapped, seen = ours.copy(), ours.copy()
+    swapped[3, [0, 1]] = swapped[3, [1, 0]]
+    seen[5, 2] = bench.data.seen[5][0]
+    with pytest.raises(ConfigError) as error:
+        bench.refuse_other_lists({OURS: ours, PREFIX: swapped, MASK: seen})
+    assert [problem.split(": ")[1] for problem in error.value.problems] == [
+        f"1 of 12 lists are not those of {OURS}, 0 hold items of the history, 0 hold an item twice; nothing was timed",
+        f"1 of 12 lists are not those of {OURS}, 1 hold items of the history, 0 hold an item twice; nothing was timed",
+    ]
+
+
+def test_the_fastest_batch_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_topn, "timed", lambda ask, size: {"CPU": abs(size - 16), "wall": size})
+    assert bench_topn.best_size(lambda size: np.empty(0, dtype=np.int64), [4, 16, 64]) == 16
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def measured(ours: float, rival: float) -> dict[str, dict[str, list[float]]]:
+    return {
+        "(a)": {"CPU ms an example": [rival, rival + 1, rival + 2], MEMORY: [4.0]},
+        "ours": {"CPU ms an example": [ours + 3, ours, ours + 1], MEMORY: [1.0]},
+    }
+
+
+def test_ratios_are_of_the_best_blocks_of_one_run_and_rows_of_other_benches_stay(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    record(path, compare("other", "s", measured(1, 2), ["(a)"], MADE))
+    record(path, compare("train", "s", measured(5, 50), ["(a)"], MADE))
+    record(path, compare("train", "s", measured(10, 20), ["(a)"], MADE))
+    rows = read_json(path)
+    assert [row["bench"] for row in rows] == ["other"] * 4 + ["train"] * 4
+    assert all(row.keys() == {field.name for field in fields(Row)} for row in rows)
+    assert [(row["arm"], row["rival"], row["value"], row["ratio"]) for row in rows[4:]] == [
+        ("(a)", None, 20, None),
+        ("(a)", None, 4, None),
+        ("ours", "(a)", 10, 2),
+        ("ours", "(a)", 1, 0.25),
+    ]
+    assert "2.00x" in table(rows[4:]) and "0.25\n" in table(rows[4:]) + "\n"
+
+
+def test_arms_that_were_not_measured_alike_are_not_compared() -> None:
+    values = measured(1, 2)
+    del values["ours"][MEMORY]
+    with pytest.raises(ValueError, match="ours: not measured in all of CPU ms an example, GiB"):
+        compare("train", "s", values, ["(a)"], MADE)
+
+
+def test_peak_memory_is_the_process_own_and_not_that_of_the_one_that_started_it() -> None:
+    code = "import bench_results as b; print(b.peak_bytes(False)); b'1' * 2**28; print(b.peak_bytes(False))"
+    environment = tiny.environment() | {"PYTHONPATH": f"{tiny.REPOSITORY}:{tiny.REPOSITORY / 'tools'}"}
+    held = np.ones(2**27)  # 1 GiB in this process
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    before, after = map(int, done.stdout.split())
+    assert bench_results.peak_bytes(False) > held.nbytes > after > before + 2**27
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags", "problem"),
+    [
+        (
+            "bench_train",
+            ["--arms", "ours", "--blocks", "2"],
+            r"--arms: a ratio needs a rival.*\n.*--blocks: the best of 2",
+        ),
+        ("bench_topn", ["--blocks", "1", "--batches", "0"], r"--blocks: the best of 1.*\n.*--batches: at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
+    tool: str, flags: list[str], problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *flags])
+    with pytest.raises(SystemExit):
+        {"bench_train": bench_train, "bench_topn": bench_topn}[tool].main()
+    assert re.search(problem, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_arms_take_turns_as_processes_of_their_own_and_leave_a_table_and_a_picture(tmp_path: Path) -> None:
+    log, out = tiny.save_log(tmp_path / "log.csv"), tmp_path / "speed.json"
+    flags = [
+        "--dataset",
+        str(log),
+        "--shape",
+        "tiny",
+        "--batch",
+        "8",
+        "--epoch",
+        "--arms",
+        "b",
+        "ours",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [sys.executable, "tools/bench_train.py", *flags, "--ours", "sparse_user_rows=true"], cwd=tiny.REPOSITORY,
+        env=tiny.environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    blocks = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("block")]
+    assert blocks == ["(b) Seq2SeqTrainer + PEFT, batches by length", "ours, sparse_user_rows=true"] * 4
+    rows = read_json(out)
+    assert [row["unit"] for row in rows] == ["CPU s an epoch", "wall s an epoch", MEMORY] * 2
+    assert all(len(row["values"]) == (1 if row["unit"] == MEMORY else 3) for row in rows)
+    assert all(row["ratio"] > 0 for row in rows if row["rival"])
+    picture = tmp_path / "speed.png"
+    subprocess.run(
+        [sys.executable, "tools/bench_results.py", str(out), "--plot", str(picture)], cwd=tiny.REPOSITORY,
+        env=tiny.environment(), check=True, timeout=120,
+    )  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/bench_train.py", "--dataset", str(tmp_path / "absent.csv"), "--shape", "tiny"],
+        cwd=tiny.REPOSITORY, env=tiny.environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "absent.csv" in done.stderr and "its process ended (1)" in done.stderr
