@@ -68,7 +68,8 @@ def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout, 
     Args:
         rows: `item_rows(model, layout)`, for callers that score often: a bf16 head is then not turned into fp32 each time.
     """
-    hidden = last_hidden(model, model.get_input_embeddings(), **batch)
+    embed = model.get_input_embeddings()
+    hidden = last_hidden(model, embed(batch["input_ids"]), batch["attention_mask"], embed(batch["decoder_input_ids"]))
     return F.linear(hidden.float(), item_rows(model, layout) if rows is None else rows)
 
 

@@ -7,7 +7,7 @@ head stay as they were pretrained. The one place that knows how each backbone fa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -167,19 +167,26 @@ class GenRecBackbone(PreTrainedModel):
             With labels the summed cross-entropy (see `label_smoothing`) over `num_items_in_batch`; without, `logits`
             `[examples × targets, items]` in fp32.
         """
-        sparse = self.id_tokens.user_in.sparse and torch.is_grad_enabled()
+        # One look-up for inputs and prompts: each would leave a gradient of whole tables.
+        ids = torch.cat([input_ids.flatten(), decoder_input_ids.flatten()])
         users = None
-        if sparse:
-            firsts = input_ids[:, 0] if segments is None else input_ids.flatten()[segments[:, 0].clamp(min=0)]
-            users = self.first_users(firsts)
-
-        def embed(ids: Tensor) -> Tensor:
-            if users is None:
-                return self.embed(ids)
-            packed = segments is not None and ids is input_ids
-            return self.embed(ids, users[(attention_mask - 1).clamp(min=0)] if packed else users.unsqueeze(1))
-
-        hidden = last_hidden(self, embed, input_ids, attention_mask, decoder_input_ids, segments)
+        if self.id_tokens.user_in.sparse and torch.is_grad_enabled():
+            examples = torch.arange(len(decoder_input_ids), device=ids.device)
+            if segments is None:
+                firsts, owners = input_ids[:, 0], examples.repeat_interleave(input_ids.shape[1])
+            else:
+                firsts = input_ids.flatten()[segments[:, 0].clamp(min=0)]
+                owners = (attention_mask - 1).clamp(min=0).flatten()
+            owners = torch.cat([owners, examples.repeat_interleave(decoder_input_ids[0].numel())])
+            users = self.first_users(firsts)[owners]
+        inputs, prompts = self.embed(ids, users).split([input_ids.numel(), decoder_input_ids.numel()])
+        hidden = last_hidden(
+            self,
+            inputs.view(*input_ids.shape, -1),
+            attention_mask,
+            prompts.view(*decoder_input_ids.shape, -1),
+            segments,
+        )
         scores = self.id_tokens.item_out(hidden)
         if labels is None:
             return Seq2SeqLMOutput(logits=scores)
@@ -192,40 +199,37 @@ class GenRecBackbone(PreTrainedModel):
 
 
 def last_hidden(
-    model: Any,
-    embed: Callable[[Tensor], Tensor],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    decoder_input_ids: Tensor,
-    segments: Tensor | None = None,
+    model: Any, inputs: Tensor, attention_mask: Tensor, prompts: Tensor, segments: Tensor | None = None
 ) -> Tensor:
     """The decoder's state at the end of every prompt, `[examples × targets, d_model]`: one pass, however rows are laid out.
 
     Args:
         model: a seq2seq model with attention of type "sdpa".
-        embed: token ids to input embeddings.
-        input_ids, attention_mask, decoder_input_ids, segments: see `GenRecBackbone.forward`.
+        inputs: embeddings of the encoder's input, `[rows, tokens, d_model]`.
+        prompts: embeddings of the decoder prompts, `[examples, prompt, d_model]` or `[examples, targets, prompt, d_model]`.
+        attention_mask, segments: see `GenRecBackbone.forward`.
     """
     if segments is None:
         own = known = attention_mask.bool()[:, None, None]
     else:
         own = attention_mask[:, None, :, None] == attention_mask[:, None, None, :]
         known = (segments >= 0)[:, None, None]
-    encoded = model.get_encoder()(inputs_embeds=embed(input_ids), attention_mask=own).last_hidden_state
+    encoded = model.get_encoder()(inputs_embeds=inputs, attention_mask=own).last_hidden_state
     packed = None if segments is None else PackedStates(encoded, segments)
-    prompt = decoder_input_ids.shape[-1]
-    place = torch.arange(decoder_input_ids[0].numel(), device=decoder_input_ids.device)
+    length = prompts.shape[-2]
+    prompts = prompts.flatten(1, -2)
+    place = torch.arange(prompts.shape[1], device=prompts.device)
     # Each token of the decoder sees those before it in its own prompt: several prompts of an example do not meet.
-    before = (place[:, None] >= place) & (place[:, None] // prompt == place // prompt)
+    before = (place[:, None] >= place) & (place[:, None] // length == place // length)
     decoded = model.get_decoder()(
-        inputs_embeds=embed(decoder_input_ids.flatten(1)),
-        attention_mask=before[None, None].expand(len(decoder_input_ids), -1, -1, -1),
+        inputs_embeds=prompts,
+        attention_mask=before[None, None].expand(len(prompts), -1, -1, -1),
         encoder_hidden_states=encoded if packed is None else packed.of_examples(encoded),
         encoder_attention_mask=known.expand(-1, -1, len(place), -1),
         use_cache=False,
         **({} if packed is None else {"packed": packed}),
     )
-    hidden: Tensor = decoded.last_hidden_state[:, prompt - 1 :: prompt]
+    hidden: Tensor = decoded.last_hidden_state[:, length - 1 :: length]
     return hidden.flatten(0, 1)
 
 
