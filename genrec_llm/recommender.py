@@ -20,6 +20,7 @@ from genrec_llm.decoding import NOTHING, generate_top_n, item_rows, mask_seen, o
 from genrec_llm.errors import ConfigError, DataError, counted, listed
 from genrec_llm.evaluation import MOST_SCORES_AT_ONCE, WITHOUT_USERS, EvalData, user_batches
 from genrec_llm.hub import local_directory
+from genrec_llm.kernels import quicken
 from genrec_llm.loading import (
     ADAPTER,
     MERGED,
@@ -108,6 +109,7 @@ class Recommender:
         self.name, self.loaded, self.folder = name, loaded, folder
         self.vocab, self.layout = loaded.vocab, loaded.layout
         self.model: Any = loaded.model.eval()
+        quicken(self.model)
         self.device = torch.device(self.model.device)
         self._merged = loaded.info["kind"] == MERGED
         # Rows that score items: made fp32 once, not in each call.

@@ -13,6 +13,7 @@ few batch sizes; the arms take turns, and the best of the blocks counts. On a GP
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,10 @@ Lists = IntArray
 
 @dataclass(frozen=True)
 class Bench:
-    """A merged model and the users whose lists are asked for."""
+    """A merged model, for the rivals as transformers has it, and the users whose lists are asked for."""
 
     recommender: Recommender
+    stock: RivalT5
     data: EvalData
 
     @classmethod
@@ -66,7 +68,8 @@ class Bench:
         layout = SHAPES[shape].layout(data)
         model.generation_config = generation_config(layout)
         loaded = Loaded(model, None, data.vocab, layout, {"kind": MERGED})  # type: ignore[arg-type]  # no text is read
-        return cls(Recommender(loaded), data.held_out("validation", sample=users))
+        stock = copy.deepcopy(model)  # before a Recommender gives its layers faster forms
+        return cls(Recommender(loaded), stock, data.held_out("validation", sample=users))
 
     def batch(self, users: IntArray) -> dict[str, torch.Tensor]:
         """Token ids on the model's device."""
@@ -104,11 +107,11 @@ class Bench:
 
     def _masked(self, users: IntArray) -> Any:
         seen = [self.data.seen[user] for user in users]
-        return generate_top_n(self.recommender.model, self.batch(users), self.recommender.layout, N, seen)[0]
+        return generate_top_n(self.stock, self.batch(users), self.recommender.layout, N, seen)[0]
 
     def prefix(self, size: int) -> Lists:
         """`generate` with a Python function, and with nothing else that restricts what comes out."""
-        model, layout = self.recommender.model, self.recommender.layout
+        model, layout = self.stock, self.recommender.layout
         items = np.arange(layout.base, layout.first_user_id)
 
         def ask(users: IntArray) -> torch.Tensor:
