@@ -247,6 +247,12 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         default="ndcg@10", metadata={"help": "What the best checkpoint is best in."}
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave losses that are no numbers out of the log, for which every step waits; they end a run."
+        },
+    )
     logging_steps: float = field(default=50, metadata={"help": "Steps between lines of the log."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users ranked at once on a device."})
     ddp_find_unused_parameters: bool | None = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import contents, recipe, tensors_and_words
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import GlobalBatches, as_tensors
@@ -182,6 +185,40 @@ def test_accumulation_trains_the_same_weights(trainer, kind: str, masks: int) ->
     assert max(float((whole[name] - start[name]).abs().max()) for name in start) > 1e-2
     np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
     assert len(losses(runs[0])) == 6
+
+
+class Questions(TrainerCallback, TorchDispatchMode):
+    """Where a step's operators on tensors ask for a value, which makes the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.asked.append("".join(traceback.format_stack(limit=8)))
+        return function(*args, **(kwargs or {}))
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.__enter__()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse_user_rows": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_a_step_that_is_not_logged_never_waits_for_the_device(trainer, options: dict[str, Any]) -> None:
+    built = trainer(max_steps=4, logging_steps=100, model={"dropout": 0.1}, **options)
+    questions = Questions()
+    built.add_callback(questions)
+    built.train()
+    # AdamW's count of steps lies on the host; `coalesce` of sparse gradients has to know how many rows there are.
+    unexpected = [where for where in questions.asked if "adamw.py" not in where and "sparse_rows.py" not in where]
+    assert not unexpected, unexpected[0]
+    built = trainer(max_steps=2, logging_steps=100, logging_nan_inf_filter=True)  # the Trainer's default, which waits
+    built.add_callback(questions)
+    built.train()
+    assert any("trainer.py" in where for where in questions.asked)
 
 
 def test_the_same_seed_gives_the_same_history_and_another_seed_another(trainer) -> None:
