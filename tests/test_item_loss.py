@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,4 +213,6 @@ def test_two_processes_in_slices_train_the_adapter_of_one_with_whole_scores(
     assert values[strategy].keys() == values["cpu"].keys()
     for name, value in values[strategy].items():
         # AdamW divides by small numbers; as in test_launch.
-        torch.testing.assert_close(value, values["cpu"][name], atol=2e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, values["cpu"][name], atol=2e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
