@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MOST_SCORES = 2**27
-"""Scores of a micro-batch, 512 MiB in fp32, up to which all of them are made at once."""
+from genrec_llm.memory import MOST_SCORES
+
 IGNORED = -100
 """A label that is no item: its target counts for nothing, as in `torch.nn.functional.cross_entropy`."""
 

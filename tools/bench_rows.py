@@ -181,7 +181,7 @@ def main() -> None:
                 f"{stage} {peak / GIB:.2f} ({one['seconds'][stage]:.0f} s)" for stage, peak in one["peaks"].items()
             )
             print(
-                f"{arm}: peak {max(one['peaks'].values()) / GIB:.2f} GiB; {one['trained']:,} numbers trained, optimizer state "
+                f"{arm}: peak {max(one['peaks'].values()) / GIB:.2f} GiB; {one['trained']:,} numbers trained, their state "
                 f"{one['optimizer_bytes'] / GIB:.2f} GiB, rows {one['row_init']}, loss {one['loss']:.3f}\n    {stages}",
                 flush=True,
             )
