@@ -254,7 +254,9 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         },
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between lines of the log."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users ranked at once on a device."})
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Users ranked at once on a device; fewer where the catalogue is very large."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "DDP: look for parameters without a gradient; there are none, and looking costs time."},

@@ -19,12 +19,22 @@ NOTHING = -1
 """Stands in a top list where fewer items were eligible than asked for."""
 
 
-def mask_seen(scores: Tensor, histories: Sequence[npt.NDArray[np.int64]]) -> Tensor:
-    """Scores `[batch, items]` with -inf at each row's history items (a copy)."""
+MOST_SCORES = 2**26
+"""Scores of one batch of users, 256 MiB in fp32: a larger catalogue is ranked for fewer users at a time."""
+
+
+def users_at_once(num_items: int, most: int) -> int:
+    """How many users are scored together: `most`, or what `MOST_SCORES` leaves room for; at least one."""
+    return max(1, min(most, MOST_SCORES // num_items))
+
+
+@torch.inference_mode()  # outside of which scores that were made inside may not be changed
+def mask_seen_(scores: Tensor, histories: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    """Put -inf at each row's history items into scores `[batch, items]`, in place; the same tensor."""
     rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     columns = np.concatenate([np.empty(0, dtype=np.int64), *histories])
     place = (torch.from_numpy(rows).to(scores.device), torch.from_numpy(columns).to(scores.device))
-    return scores.index_put(place, torch.tensor(-torch.inf, dtype=scores.dtype, device=scores.device))
+    return scores.index_put_(place, torch.tensor(-torch.inf, dtype=scores.dtype, device=scores.device))
 
 
 def rank_targets(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +44,7 @@ def rank_targets(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     orders, counts against the model in the same way.
     """
     of_target = scores.gather(1, targets[:, None])
-    better = (~(scores <= of_target)).sum(dim=1)
+    better = scores.shape[1] - (scores <= of_target).sum(dim=1)
     tied = (scores == of_target).sum(dim=1) - 1
     unhittable = ~(of_target[:, 0] > -torch.inf)
     return better.masked_fill(unhittable, scores.shape[1]), tied.masked_fill(unhittable, 0)
@@ -45,15 +55,30 @@ def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Where fewer than `k` items are eligible (above -inf), the rest of the row is `NOTHING` at -inf.
     """
-    kept = min(k, scores.shape[1])
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # topk would put NaN first
-    last = scores.topk(kept, dim=1).values[:, -1:]
+    kept, items = min(k, scores.shape[1]), scores.shape[1]
+    values, chosen = scores.topk(min(kept + 1, items), dim=1)
+    # Of items that are tied at the end of the list topk takes any, and it puts NaN first: those rows are looked at again.
+    again = values[:, 0].isnan()
+    if kept < items:
+        again |= (values[:, kept - 1] == values[:, kept]) & ~torch.isneginf(values[:, kept])
+    chosen, values = chosen[:, :kept], values[:, :kept]
+    if again.any():
+        chosen, values = chosen.clone(), values.clone()
+        chosen[again], values[again] = _top_of_tied(scores[again], kept)
+    chosen, order = chosen.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    found = chosen.gather(1, order).masked_fill(torch.isneginf(values), NOTHING)
+    return F.pad(found, (0, k - kept), value=NOTHING), F.pad(values, (0, k - kept), value=-torch.inf)
+
+
+def _top_of_tied(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Items and scores of each row's list in any order, `[batch, k]` each; ties at its end by lower index, NaN last."""
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    last = scores.topk(k, dim=1).values[:, -1:]
     above, tied = scores > last, scores == last
-    room = kept - above.sum(dim=1, keepdim=True)  # for the tied items, lowest indices first: topk takes any of them
-    chosen = (above | (tied & (tied.cumsum(dim=1) <= room))).nonzero()[:, 1].view(-1, kept)
-    values, order = scores.gather(1, chosen).sort(dim=1, descending=True, stable=True)
-    items = chosen.gather(1, order).masked_fill(torch.isneginf(values), NOTHING)
-    return F.pad(items, (0, k - kept), value=NOTHING), F.pad(values, (0, k - kept), value=-torch.inf)
+    room = k - above.sum(dim=1, keepdim=True)  # for the tied items, lowest indices first
+    chosen = (above | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room))).nonzero()[:, 1].view(-1, k)
+    return chosen, scores.gather(1, chosen)
 
 
 def item_rows(model: Any, layout: PromptLayout) -> Tensor:
@@ -106,7 +131,7 @@ def generate_top_n(
     if exclude is not None:
         allowed = torch.zeros(rows, model.config.vocab_size, device=batch["input_ids"].device)
         allowed[:, layout.base : layout.base + layout.num_items] = 1.0
-        allowed = mask_seen(allowed, [layout.base + np.asarray(items) for items in exclude])
+        allowed = mask_seen_(allowed, [layout.base + np.asarray(items) for items in exclude])
         processors.append(_ExcludeItems(allowed > 0))
     found = model.generate(
         input_ids=batch["input_ids"],

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from genrec_llm.baselines import ItemKNN, SequenceRecommender
-from genrec_llm.decoding import mask_seen, rank_targets, top_items
+from genrec_llm.decoding import mask_seen_, rank_targets, top_items, users_at_once
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import atomic_file, read_json, write_json, writing
 from genrec_llm.metrics import (
@@ -116,7 +116,8 @@ def rank_recommender(
     Args:
         exclude_seen: remove the items of `data.seen` first; a target among them then counts as never hit.
         k: length of the lists kept.
-        batch_size: users scored at a time; ranks depend on it only where rounding decides between two scores.
+        batch_size: users scored at a time, fewer where the catalogue is very large; ranks depend on it only where
+            rounding decides between two scores.
         processes: that share the batches. They call `recommender.scores` from `processes.threads` threads.
 
     Raises:
@@ -131,11 +132,12 @@ def rank_recommender(
                 f"{recommender.name}: scores {tuple(scores.shape)} with {int(scores.isnan().sum())} NaN, "
                 f"needed ({len(users)}, {data.num_items}) without"
             )
-        if exclude_seen:
-            scores = mask_seen(scores, [data.seen[user] for user in users])
+        if exclude_seen:  # in a copy: a recommender may hand out the same array again
+            scores = mask_seen_(scores.clone(), [data.seen[user] for user in users])
         better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
         return better.cpu().numpy(), tied.cpu().numpy(), top_items(scores, k)[0].cpu().numpy()
 
+    batch_size = users_at_once(data.num_items, batch_size)
     batches = user_batches(data, np.arange(len(data.targets)), batch_size)
     at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * data.num_items))
     ranked = processes.map(rank_batch, batches, name=recommender.name, at_once=at_once)

@@ -27,6 +27,8 @@ USABLE = 0.92
 """Share of a GPU's memory that a run can fill; the rest goes to the CUDA context, NCCL, workspaces and fragments."""
 ZERO3_LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered: stage3_max_live_parameters and stage3_max_reuse_distance of DeepSpeed 0.19."""
+MOST_SCORES = 2**27
+"""Scores of a micro-batch up to which the loss makes all of them at once; beyond, as many at a time (`item_loss`)."""
 PADDING = 1.05
 """Tokens computed for each token that counts, with batches of like lengths."""
 PARTS = ("weights", "id rows", "LoRA", "optimizer state", "gradients", "activations", "logits", "buffers", "temporary")
@@ -533,9 +535,9 @@ def _block_bytes(shape: Shape, run: Run) -> float:
 def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     """Bytes of each part of `PARTS` on one device, at the moments of a step when memory can be fullest.
 
-    "loss": scores, their softmax and its gradient, all activations. "head": the first gradient of item rows, all
-    activations. "encoder": the decoder's gradients are there and its activations gone. "embedding": all gradients.
-    "update": the optimizer's step.
+    "loss": scores, their softmax and its gradient, all activations; where the scores are too many to be held at once, the
+    first gradient of item rows is made with them. "head": that gradient, all activations. "encoder": the decoder's
+    gradients are there and its activations gone. "embedding": all gradients. "update": the optimizer's step.
     """
     n, size, full = run.processes, _trained_size(run), run.tuning == "full"
     kept = activations(shape, run, run.longest, run.examples)
@@ -567,7 +569,10 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
         root = _width(run) * (shape.embedding_parameters + shape.head_parameters + rows)
         static["buffers"] = root + 2 * _block_bytes(shape, run)
 
-    logits = FP32 * run.examples * run.targets * run.items
+    scores = run.examples * run.targets * run.items
+    sliced = scores > MOST_SCORES
+    # Whole ones with their softmax and its gradient; slices are turned into the gradient where they are.
+    at_loss, at_head = (FP32 * MOST_SCORES, 0) if sliced else (3 * FP32 * scores, FP32 * scores)
     items, users = size * run.items * shape.d_model, size * run.user_rows * shape.d_model
     pair = FP32 * shape.d_model + INDEX  # a user row's gradient and its index
     mine = shared = updating = 0  # of sparse gradients: a device's, the sum of all devices', and the copies on the way
@@ -593,11 +598,15 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     sums = 2 * items if run.tied_rows else 0
     stored = kept.encoder + kept.decoder + kept.cached_weights
     changing = {
-        "loss": {"activations": stored, "gradients": before, "logits": 3.0 * logits},
+        "loss": {
+            "activations": stored,
+            "gradients": before + (FP32 * run.items * shape.d_model if sliced else 0.0),
+            "logits": float(at_loss),
+        },
         "head": {
             "activations": stored,
             "gradients": before + items,
-            "logits": float(logits),
+            "logits": float(at_head),
             "temporary": kept.decoder_temporary,
         },
         "encoder": {

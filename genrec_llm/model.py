@@ -38,6 +38,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from genrec_llm.errors import ConfigError
+from genrec_llm.item_loss import item_loss
 from genrec_llm.kernels import PackedStates
 from genrec_llm.tasks import IGNORED, DecoderPrompt, PromptLayout
 from genrec_llm.vocab import IdVocab
@@ -65,12 +66,17 @@ class ItemHead(nn.Module):
         weight = self.weight.float()
         return weight if self.scale is None else weight * self.scale.float()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Scores `[targets, items]` in fp32 of `hidden` `[targets, d_model]`: in bf16 nearly every user has ties."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """Scores `[targets, items]` in fp32 of `hidden` `[targets, d_model]`: in bf16 nearly every user has ties.
+
+        With `labels` their summed cross-entropy instead, which needs not all scores at once; see `item_loss`.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.float()
             if self.scale is not None:
                 hidden = hidden * self.scale.float()
+            if labels is not None:
+                return item_loss(hidden, self.weight, labels, label_smoothing=label_smoothing)
             return F.linear(hidden, self.weight.float())
 
 
@@ -187,15 +193,12 @@ class GenRecBackbone(PreTrainedModel):
             prompts.view(*decoder_input_ids.shape, -1),
             segments,
         )
-        scores = self.id_tokens.item_out(hidden)
+        labels = None if labels is None else labels.flatten()
+        found = self.id_tokens.item_out(hidden, labels, self.label_smoothing)
         if labels is None:
-            return Seq2SeqLMOutput(logits=scores)
-        labels = labels.flatten()
+            return Seq2SeqLMOutput(logits=found)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = F.cross_entropy(
-            scores, labels, reduction="sum", ignore_index=IGNORED, label_smoothing=self.label_smoothing
-        )
-        return Seq2SeqLMOutput(loss=loss / count)
+        return Seq2SeqLMOutput(loss=found / count)
 
 
 def last_hidden(

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from genrec_llm.batching import as_tensors
-from genrec_llm.decoding import NOTHING, generate_top_n, item_rows, mask_seen, one_step_scores, top_items
+from genrec_llm.decoding import (
+    NOTHING,
+    generate_top_n,
+    item_rows,
+    mask_seen_,
+    one_step_scores,
+    top_items,
+    users_at_once,
+)
 from genrec_llm.errors import ConfigError, DataError, counted, listed
 from genrec_llm.evaluation import MOST_SCORES_AT_ONCE, WITHOUT_USERS, EvalData, user_batches
 from genrec_llm.hub import local_directory
@@ -39,8 +47,6 @@ from genrec_llm.vocab import IdVocab
 Unknown = Literal["warn", "refuse"]
 IntArray = npt.NDArray[np.int64]
 
-MOST_SCORES = 2**25
-"""Scores of one batch, 128 MiB in fp32: a large catalogue is asked about for fewer histories at a time."""
 MOST_HISTORIES = 256
 """Of one batch."""
 
@@ -255,7 +261,7 @@ class Recommender:
             scores = self.score_tensor(batch, users[places])
             if allowed is not None:
                 scores = _only(scores, allowed)
-            scores = mask_seen(scores, [np.concatenate([never, one]) if exclude_seen else never for one in batch])
+            mask_seen_(scores, [np.concatenate([never, one]) if exclude_seen else never for one in batch])
             items, values = top_items(scores, min(k, self.vocab.num_items))
             for place, row, row_values in zip(places, items.tolist(), values.tolist(), strict=True):
                 lists[place] = self._found(row, row_values)
@@ -282,7 +288,7 @@ class Recommender:
         (index,) = self.vocab.encode_items(_ids("item", [item]))
         with torch.inference_mode():
             cosines = (self._rows @ (self._rows[index] / self._norms[index]) / self._norms)[None]
-            items, values = top_items(mask_seen(cosines, [np.array([index])]), min(k, self.vocab.num_items))
+            items, values = top_items(mask_seen_(cosines, [np.array([index])]), min(k, self.vocab.num_items))
         return self._found(items[0].tolist(), values[0].tolist())
 
     def explain(
@@ -365,8 +371,10 @@ class Recommender:
             scores = one_step_scores(self.model, batch, self.layout, self._rows).gather(1, items.clamp(min=0))
             return items.cpu().numpy(), scores.masked_fill(items < 0, -torch.inf).cpu().numpy()
 
+        beams = k * self.model.config.vocab_size  # scores of one user, of which `generate` keeps several copies
+        batch_size = max(1, min(batch_size, MOST_SCORES_AT_ONCE // (4 * beams)))
         batches = user_batches(data, asked, batch_size)
-        at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * k * self.model.config.vocab_size))
+        at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * beams))
         found = processes.map(ask, batches, name="generate", at_once=at_once)
         order = np.argsort(np.concatenate(batches))
         lists, values = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
@@ -382,7 +390,7 @@ class Recommender:
     def _batches(self, histories: Sequence[IntArray]) -> Iterator[IntArray]:
         """Places of histories that are scored together: of like length, no more than memory is meant for."""
         order = np.argsort([min(len(one), self.layout.max_history) for one in histories], kind="stable")
-        size = max(1, min(MOST_HISTORIES, MOST_SCORES // self.vocab.num_items))
+        size = users_at_once(self.vocab.num_items, MOST_HISTORIES)
         for start in range(0, len(order), size):
             yield order[start : start + size]
 

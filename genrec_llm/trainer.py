@@ -30,7 +30,7 @@ from genrec_llm.checkpoints import (
     remove_later,
     write_manifest,
 )
-from genrec_llm.decoding import mask_seen, rank_targets
+from genrec_llm.decoding import mask_seen_, rank_targets, users_at_once
 from genrec_llm.errors import ConfigError, ExportError, listed
 from genrec_llm.evaluation import EvalData, user_batches
 from genrec_llm.files import writing
@@ -258,7 +258,8 @@ class GenRecTrainer(Seq2SeqTrainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         world, me = self.args.world_size, self.args.process_index
-        batches = user_batches(data, np.arange(len(data.targets)), self.args.per_device_eval_batch_size)
+        most = users_at_once(data.num_items, self.args.per_device_eval_batch_size)
+        batches = user_batches(data, np.arange(len(data.targets)), most)
         counts = torch.zeros(2, len(data.targets), dtype=torch.long)
         for first in range(0, len(batches), world):
             # Under ZeRO-3 every process takes part in every forward: those without a batch left repeat one, uncounted.
@@ -267,7 +268,7 @@ class GenRecTrainer(Seq2SeqTrainer):
             with torch.no_grad():
                 scores = model(**self._prepare_inputs(as_tensors(batch))).logits
             if exclude_seen:
-                scores = mask_seen(scores, [data.seen[user] for user in users])
+                mask_seen_(scores, [data.seen[user] for user in users])
             better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
             if first + me < len(batches):
                 counts[:, torch.from_numpy(users)] = torch.stack([better, tied]).cpu()

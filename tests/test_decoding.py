@@ -14,8 +14,17 @@ import torch
 from tiny import save_backbone
 from torch import Tensor
 
+from genrec_llm import decoding
 from genrec_llm.batching import as_tensors
-from genrec_llm.decoding import NOTHING, generate_top_n, mask_seen, one_step_scores, rank_targets, top_items
+from genrec_llm.decoding import (
+    NOTHING,
+    generate_top_n,
+    mask_seen_,
+    one_step_scores,
+    rank_targets,
+    top_items,
+    users_at_once,
+)
 from genrec_llm.export import merge
 from genrec_llm.loading import Loaded, load_merged
 from genrec_llm.model import IdTokens, add_id_words, add_lora, load_backbone, prompt_layout
@@ -67,17 +76,13 @@ def test_ranks_agree_with_sorting_by_hand_on_scores_full_of_ties() -> None:
             assert (above, equal) == (places[0], len(places) - 1)
 
 
-def test_seen_items_are_masked_in_a_copy() -> None:
+def test_seen_items_are_masked_where_they_are_and_nothing_else() -> None:
     scores = torch.arange(12.0).view(3, 4)
-    histories = [np.array([0, 3, 3]), np.array([], dtype=np.int64), np.array([1])]
-    assert mask_seen(scores, histories).tolist() == [
-        [-INF, 1, 2, -INF],
-        [4, 5, 6, 7],
-        [8, -INF, 10, 11],
-    ]
-    assert torch.equal(scores, torch.arange(12.0).view(3, 4))
     empty = [np.array([], dtype=np.int64)] * 3
-    assert torch.equal(mask_seen(scores, empty), scores)
+    assert mask_seen_(scores, empty) is scores and torch.equal(scores, torch.arange(12.0).view(3, 4))
+    histories = [np.array([0, 3, 3]), np.array([], dtype=np.int64), np.array([1])]
+    mask_seen_(scores, histories)
+    assert scores.tolist() == [[-INF, 1, 2, -INF], [4, 5, 6, 7], [8, -INF, 10, 11]]
 
 
 def test_the_top_list_breaks_ties_by_index_and_ends_in_nothing() -> None:
@@ -108,7 +113,24 @@ def test_the_top_list_is_the_head_of_a_stable_sort_but_sorts_no_more_than_the_li
     for k in (1, 4, 29, 30):
         found, found_values = top_items(scores, k)
         assert torch.equal(found, items[:, :k]) and torch.equal(found_values, values[:, :k])
-    assert widths == [1, 4, 29, 30]
+    assert sorted(set(widths)) == [1, 4, 29, 30]
+
+
+def test_only_lists_whose_end_is_tied_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.tensor([[5.0, 4, 3, 2, 1], [5, 3, 3, 3, 1], [5, -INF, -INF, -INF, 4], [1, 1, 1, 0, 0]])
+    looked, plain = [], decoding._top_of_tied
+    monkeypatch.setattr(decoding, "_top_of_tied", lambda rows, k: looked.append(rows.tolist()) or plain(rows, k))
+    items, _ = top_items(scores, 3)
+    assert items.tolist() == [[0, 1, 2], [0, 1, 2], [0, 4, NOTHING], [0, 1, 2]]
+    assert looked == [[[5, 3, 3, 3, 1]]]
+
+
+@pytest.mark.parametrize(("items", "expected"), [(10, 7), (99, 7), (25, 4), (100, 1), (101, 1)])
+def test_fewer_users_are_scored_at_once_where_the_catalogue_is_large(
+    items: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "MOST_SCORES", 700 if items == 99 else 100)
+    assert users_at_once(items, 7) == expected
 
 
 # --- generate against the one-step path ---------------------------------------
@@ -208,7 +230,7 @@ def test_excluded_items_never_come_back_and_the_rest_keeps_its_order(merged: Mer
     exclude[3] = np.delete(np.arange(ITEMS), 7)  # one item is left
     exclude[4] = np.arange(9)  # three items are left
     items, values = generate_top_n(model, batch, layout, n, exclude=exclude)
-    expected, _ = top_items(mask_seen(one_step_scores(model, batch, layout), exclude), n)
+    expected, _ = top_items(mask_seen_(one_step_scores(model, batch, layout), exclude), n)
     assert torch.equal(items, expected)
     assert torch.equal(torch.isneginf(values), items == NOTHING)
     for row, seen in zip(items.tolist(), exclude, strict=True):

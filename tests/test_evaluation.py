@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import tiny
 
+from genrec_llm import decoding
 from genrec_llm.errors import ConfigError, DataError, ExportError
 from genrec_llm.evaluation import (
     EvalData,
@@ -68,6 +69,25 @@ def test_every_user_is_ranked_exactly_once_whatever_the_batch(data: EvalData, ba
     ranked = rank_recommender(recommender, data, exclude_seen=True, batch_size=batch_size)
     assert sorted(recommender.calls) == sorted(data.users.tolist())
     whole = rank_recommender(Noisy("noisy", data, 1.0), data, exclude_seen=True, batch_size=USERS)
+    np.testing.assert_array_equal(ranked.ranks.better, whole.ranks.better)
+    np.testing.assert_array_equal(ranked.top, whole.top)
+
+
+def test_a_large_catalogue_is_ranked_for_fewer_users_at_a_time_and_what_was_scored_stays_as_it_was(
+    data: EvalData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[np.ndarray] = []
+
+    class Remembered(Noisy):
+        def scores(self, histories, users: np.ndarray) -> np.ndarray:
+            given.append(super().scores(histories, users))
+            return given[-1]
+
+    whole = rank_recommender(Noisy("noisy", data, 1.0), data, exclude_seen=True)
+    monkeypatch.setattr(decoding, "MOST_SCORES", 10 * ITEMS + 5)
+    ranked = rank_recommender(Remembered("noisy", data, 1.0), data, exclude_seen=True)
+    assert max(len(scores) for scores in given) == 10
+    assert all(np.isfinite(scores).all() for scores in given)
     np.testing.assert_array_equal(ranked.ranks.better, whole.ranks.better)
     np.testing.assert_array_equal(ranked.top, whole.top)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import genrec_llm.metrics
-from genrec_llm.decoding import mask_seen, rank_targets, top_items
+from genrec_llm.decoding import mask_seen_, rank_targets, top_items
 from genrec_llm.metrics import (
     Ranks,
     bootstrap_interval,
@@ -98,7 +98,7 @@ def test_metrics_agree_with_ranx_on_random_scores(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_target_removed_as_seen_is_never_hit_even_beyond_the_catalogue() -> None:
-    scores = mask_seen(torch.zeros(2, 5), [np.array([1, 2]), np.array([], dtype=np.int64)])
+    scores = mask_seen_(torch.zeros(2, 5), [np.array([1, 2]), np.array([], dtype=np.int64)])
     better, tied = rank_targets(scores, torch.tensor([2, 2]))
     assert better.tolist() == [5, 0]
     assert tied.tolist() == [0, 4]
@@ -109,7 +109,7 @@ def test_a_target_removed_as_seen_is_never_hit_even_beyond_the_catalogue() -> No
 
 
 def test_masked_items_are_no_rivals_of_the_target() -> None:
-    scores = mask_seen(torch.tensor([[5.0, 4.0, 3.0, 3.0]]), [np.array([0, 1, 0])])
+    scores = mask_seen_(torch.tensor([[5.0, 4.0, 3.0, 3.0]]), [np.array([0, 1, 0])])
     assert [value.item() for value in rank_targets(scores, torch.tensor([2]))] == [0, 1]
 
 

@@ -21,8 +21,9 @@ from tiny import ITEMS, recipe, train
 from torch import Tensor
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from genrec_llm import decoding
 from genrec_llm import recommender as module
-from genrec_llm.decoding import mask_seen, top_items
+from genrec_llm.decoding import mask_seen_, top_items
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.model import bare_tokenizer
 from genrec_llm.recommender import Influence, Recommendation, Recommender, UnknownItemsWarning
@@ -156,7 +157,7 @@ def test_generated_lists_are_the_one_step_lists(runs: dict[str, Path], kind: str
     lists, values = recommender.generate_lists(data, asked, k=12, exclude_seen=exclude_seen, batch_size=3)
     scores = recommender.score_tensor([data.histories[user] for user in asked], data.users[asked])
     if exclude_seen:
-        scores = mask_seen(scores, [data.seen[user] for user in asked])
+        scores = mask_seen_(scores, [data.seen[user] for user in asked])
     expected, expected_values = top_items(scores, 12)
     assert lists.tolist() == expected.tolist()
     np.testing.assert_allclose(values, expected_values.numpy(), **ROUNDING)
@@ -215,7 +216,7 @@ def test_histories_are_scored_in_batches_of_like_length_and_bounded_memory(
         return plain(self, histories, users)
 
     monkeypatch.setattr(Recommender, "score_tensor", watched)
-    monkeypatch.setattr(module, "MOST_SCORES", 4 * ITEMS)
+    monkeypatch.setattr(decoding, "MOST_SCORES", 4 * ITEMS)
     recommender.recommend(random_histories(10))
     assert [len(batch) for batch in seen] == [4, 4, 2]
     lengths = [length for batch in seen for length in batch]

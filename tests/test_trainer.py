@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from genrec_llm import decoding
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import GlobalBatches, as_tensors
 from genrec_llm.checkpoints import MANIFEST, is_complete, last_complete_checkpoint, write_manifest
@@ -251,6 +252,19 @@ def test_validation_ranks_are_those_of_the_evaluator(
         expected = rank_recommender(Recommender(loaded), held_out, exclude_seen=exclude_seen, batch_size=USERS).ranks
         assert np.array_equal(ranks.better, expected.better) and np.array_equal(ranks.tied, expected.tied)
         assert ranks.candidates == expected.candidates == data.vocab.num_items
+
+
+def test_a_large_catalogue_is_validated_for_fewer_users_at_a_time(
+    trainer, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, held_out, sizes = trainer(), data.held_out("validation"), []
+    whole = built.rank(held_out)
+    monkeypatch.setattr(decoding, "MOST_SCORES", 7 * data.vocab.num_items)
+    hook = built.model.register_forward_hook(lambda *given: sizes.append(len(given[-1].logits)))
+    ranks = built.rank(held_out)
+    hook.remove()
+    assert max(sizes) <= 7 and sum(sizes) == USERS
+    assert np.array_equal(ranks.better, whole.better) and np.array_equal(ranks.tied, whole.tied)
 
 
 def test_the_logged_metrics_are_means_over_every_user_once(trainer, data: Data) -> None:

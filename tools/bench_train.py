@@ -63,7 +63,7 @@ from genrec_llm.model import (
 )
 from genrec_llm.rows import initial_rows
 from genrec_llm.runs import Data, load_data, provenance
-from genrec_llm.tasks import NextItem, PromptLayout
+from genrec_llm.tasks import IGNORED, NextItem, PromptLayout
 from genrec_llm.trainer import GenRecTrainer
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.05}
@@ -235,15 +235,14 @@ class WholeVocabulary(ItemHead):
 
     frozen: tuple[Tensor, ...] = ()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[targets, items + base tokens + users]`; labels are item indices, as they are without this."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """`[targets, items + base tokens + users]`, or the loss; labels are item indices, as they are without this."""
         with torch.autocast(hidden.device.type, enabled=False):
             others = [F.linear(hidden.float(), rows.float()) for rows in self.frozen]
-        return torch.cat([super().forward(hidden), *others], dim=1)
-
-    def loss(self, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Summed cross-entropy."""
-        return F.cross_entropy(self(hidden), labels, reduction="sum", label_smoothing=label_smoothing)
+        scores = torch.cat([super().forward(hidden), *others], dim=1)
+        if labels is None:
+            return scores
+        return F.cross_entropy(scores, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED)
 
 
 class Ours(OnSample, GenRecTrainer):
