@@ -123,7 +123,10 @@ class ModelArguments:
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout in front of the adapters; with it, cross-attention has to make keys and values."},
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Modules that get adapters; by default the queries and values of all attention."},

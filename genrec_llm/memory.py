@@ -257,7 +257,7 @@ class Run:
     tuning: Literal["lora", "full"] = "lora"
     lora_r: int = 16
     lora_targets: tuple[str, ...] | None = None
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0
     strategy: Strategy = "single_gpu"
     processes: int = 1
     accumulation: int = 1

@@ -66,7 +66,7 @@ from genrec_llm.runs import Data, load_data, provenance
 from genrec_llm.tasks import IGNORED, NextItem, PromptLayout
 from genrec_llm.trainer import GenRecTrainer
 
-LORA = {"r": 16, "alpha": 32, "dropout": 0.05}
+LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
 RATE = 1e-3
 CHECKED_STEPS = 3
 CHECKED_EXAMPLES = 64

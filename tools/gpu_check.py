@@ -103,7 +103,7 @@ def measure(
         rows, _ = initial_rows(model, tokenizer, data.vocab, layout, data.train)
         model.add_id_tokens(rows.to(device), layout.base)
         add_id_words(tokenizer, data.vocab)
-        adapted = add_lora(model, r=16, alpha=32, dropout=0.05, targets=None, base_name="random", revision=None)
+        adapted = add_lora(model, r=16, alpha=32, dropout=0.0, targets=None, base_name="random", revision=None)
         task = (MaskedItem if stage == "pretrain" else NextItem)(data.train, layout, seed=0)
         trainer = GenRecTrainer(adapted, training, task=task, layout=layout, validation=None)
         clock = Clock(warm_up=max(1, steps // 5))
