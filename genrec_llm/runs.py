@@ -87,7 +87,7 @@ COURSE = {
         "seed", "global_batch_size", "masks_per_sequence", "last_item_probability", "targets", "user_dropout",
         "learning_rate", "rows_learning_rate", "rows_weight_decay", "weight_decay", "warmup_steps", "lr_scheduler_type",
         "num_train_epochs", "max_steps", "from_run", "bf16", "optim", "label_smoothing_factor",
-        "sparse_user_rows",
+        "sparse_user_rows", "packing", "kernels",
     ),
 }  # fmt: skip
 """Arguments that change what training does: a run that goes on from a checkpoint keeps them."""
