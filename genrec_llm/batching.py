@@ -23,8 +23,8 @@ GROUPED_BATCHES = 64
 """Global batches whose examples are sorted by length together: little padding, and still a random order of steps."""
 SMALLEST_GROUPS = 8
 """An epoch has at least so many groups, or no groups at all: in one, every epoch would have the same batches."""
-SAMPLED_BATCHES = 64
-"""Shares of the first epoch by which the shapes of packed rows are chosen."""
+SAMPLED_EXAMPLES, FEWEST_SAMPLED = 2**14, 16
+"""Of the first epoch, by whose shares the shapes of packed rows are chosen; and at least so many shares."""
 
 
 class GlobalBatches:
@@ -163,8 +163,9 @@ def heaviest_batch(task: Task, size: int, *, seed: int, shares: int, packed: boo
 def fixed_shapes(batches: GlobalBatches) -> Packing:
     """Shapes that the shares of all batches have, as far as a sample of the first epoch tells."""
     epoch = batches.epoch(0)
-    sample = [epoch[step] for step in np.linspace(0, len(epoch) - 1, min(SAMPLED_BATCHES, len(epoch))).astype(int)]
-    return Packing.fitting(batches.lengths[share] for batch in sample for share in batches.share_out(batch)[:1])
+    count = max(FEWEST_SAMPLED, SAMPLED_EXAMPLES * batches.shares // len(epoch[0]))
+    sample = [epoch[step] for step in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int)]
+    return Packing.fitting(batches.lengths[batches.share_out(batch)[0]] for batch in sample)
 
 
 def train_loader(

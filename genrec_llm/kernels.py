@@ -36,8 +36,11 @@ def quicken(model: nn.Module) -> None:
             module.forward = MethodType(_gated_gelu, module)
         elif type(module) is nn.Dropout:
             module.forward = MethodType(_dropout, module)  # type: ignore[method-assign]
-        elif isinstance(module, ATTENTION) and module.is_decoder and not module.is_causal:
-            module.forward = MethodType(_cross_attention, module)
+        elif isinstance(module, ATTENTION):
+            crosses = module.is_decoder and not module.is_causal
+            module.forward = MethodType(_cross_attention if crosses else _self_attention, module)
+        elif isinstance(module, LoraLinear):
+            module.forward = MethodType(_lora_linear, module)
 
 
 # --- T5's norm --------------------------------------------------------------------------------------------------------
@@ -135,6 +138,90 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return (gradient * kept).mul_(ctx.scale), None
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def _lora_linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """PEFT's `Linear.forward` with one adapter without dropout, `[…, in] → […, out]`."""
+    factors = _factors(self)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if (
+        factors is None
+        or len(factors.adapters) != 1
+        or x.dtype != factors.weight.dtype
+        or not (autocast or x.dtype == factors.adapters[0][0].dtype)
+    ):
+        stock: Tensor = type(self).forward(self, x, *args, **kwargs)
+        return stock
+    ((down, up, scaling),) = factors.adapters
+    with torch.autocast(x.device.type, enabled=False):
+        found: Tensor = _LoraLinear.apply(x.flatten(0, -2), factors.weight, down.to(x.dtype), scaling * up.to(x.dtype))
+    return found.view(*x.shape[:-1], -1)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + (x Aᵀ) Bᵀ with a frozen W, where both products go into one sum, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        narrow = x @ down.t()
+        ctx.save_for_backward(x, weight, down, up, narrow)
+        return (x @ weight.t()).addmm_(narrow, up.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, narrow = ctx.saved_tensors
+        of_narrow = gradient @ up
+        of_x = (gradient @ weight).addmm_(of_narrow, down) if ctx.needs_input_grad[0] else None
+        return of_x, None, of_narrow.t() @ x, gradient.t() @ narrow
+
+
+# --- self-attention ---------------------------------------------------------------------------------------------------
+
+
+def _self_attention(
+    self: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, None]:
+    """`T5Attention.forward` of a stack's own tokens, `[rows, tokens, d_model]`.
+
+    The first layer puts the mask into the position bias that the stack hands on to the others, once for all of them.
+
+    Args:
+        mask: which tokens a token sees, `[rows, 1, tokens, tokens]` or `[rows, 1, 1, tokens]`.
+        position_bias: of the first layer, `[rows, heads, tokens, tokens]`.
+    """
+    if past_key_values is not None or mask is None or mask.dtype != torch.bool or key_value_states is not None:
+        stock: tuple[Tensor, Tensor, None] = type(self).forward(
+            self, hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+        )
+        return stock
+    rows, tokens, _ = hidden_states.shape
+    query, key, value = (
+        part(hidden_states).view(rows, tokens, self.n_heads, -1).transpose(1, 2) for part in (self.q, self.k, self.v)
+    )
+    if position_bias is None:
+        bias = self.compute_bias(tokens, tokens, device=mask.device)
+        position_bias = bias.where(mask, torch.finfo(bias.dtype).min).to(query.dtype)
+    dropout = self.dropout if self.training else 0.0
+    if query.device.type == "cpu":
+        # torch's own kernel has no dropout there, and for rows of this length is slower than these products.
+        scores = torch.baddbmm(position_bias.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
+        weights = scores.softmax(dim=-1)
+        if dropout:
+            weights = _Dropout.apply(weights, dropout)
+        found = torch.bmm(weights, value.flatten(0, 1)).view_as(query)
+    else:
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, dropout_p=dropout, scale=1.0)
+    return self.o(found.transpose(1, 2).reshape(rows, tokens, -1)), position_bias, None
 
 
 # --- cross-attention of a short prompt --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 from genrec_llm.tasks import IGNORED, Batch, IntArray
 
 MULTIPLE = 8
-"""Row lengths are multiples of it, as the attention kernels of GPUs want their masks."""
+"""Row lengths are multiples of it where that costs little, as the attention kernels of GPUs want their masks."""
 SHORTEST_RANGE = 64
 """Row lengths are looked for up to this one, or twice the longest example where that is more."""
 TOLERANCE = 1.01
@@ -74,13 +74,13 @@ class Packing:
         """
         known = list(batches)
         longest = max(int(lengths.max()) for lengths in known)
-        first, last = -(-longest // MULTIPLE) * MULTIPLE, max(SHORTEST_RANGE, 2 * longest)
         rows = {
             length: max(best_fit(lengths, length)[1] for lengths in known)
-            for length in range(first, last + MULTIPLE, MULTIPLE)
+            for length in range(longest, max(SHORTEST_RANGE, 2 * longest) + 1)
         }
         fewest = min(length * count for length, count in rows.items())
-        row_length = next(length for length, count in rows.items() if length * count <= TOLERANCE * fewest)
+        good = [length for length, count in rows.items() if length * count <= TOLERANCE * fewest]
+        row_length = min(good, key=lambda length: (length % MULTIPLE > 0, length))
         return cls(row_length, rows[row_length], max(map(len, known)), longest)
 
     def pack(self, batch: Batch) -> Batch:

@@ -232,16 +232,17 @@ def test_little_of_what_is_computed_on_real_lengths_is_padding_or_waiting(shared
 
     for size, shares in ((1024, 1), (256, 4), (4096, 4)):
         mixed = GlobalBatches(task.lengths, size, seed=0, shares=shares)
-        shapes, computed, epoch = fixed_shapes(mixed), 0, mixed.epoch(1)
-        for number, batch in enumerate(epoch):
+        shapes, computed, other, epoch = fixed_shapes(mixed), 0, 0, mixed.epoch(1)
+        for batch in epoch:
             parts = mixed.share_out(batch)
             tokens = [int(task.lengths[part].sum()) for part in parts]
             assert max(tokens) - min(tokens) <= task.lengths.max()
             assert size < 4096 or max(tokens) / min(tokens) < 1.01  # a thousand examples a process
             rows = [best_fit(task.lengths[part], shapes.row_length, shapes.rows)[1] for part in parts]
-            assert number < 20 or set(rows) == {shapes.rows}
+            other += sum(count != shapes.rows for count in rows)
             computed += sum(rows) * shapes.row_length
-        assert computed / useful < (1.03 if size // shares > 64 else 1.07)  # a row more or less is 6 % of 64 examples
+        assert other <= 0.01 * shares * len(epoch)  # a sample chose the shape
+        assert computed / useful < (1.03 if size // shares > 64 else 1.05)  # a row more or less is 10 % of 64 examples
 
 
 # --- resume and workers ---------------------------------------------------------------------

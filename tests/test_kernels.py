@@ -222,6 +222,72 @@ def test_what_is_computed_again_for_a_gpus_memory_is_the_same(monkeypatch: pytes
         assert torch.equal(one, other)
 
 
+# --- self-attention and LoRA ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
+def test_self_attention_is_that_of_transformers_in_the_first_layer_and_in_those_that_share_its_bias(
+    decoder: bool,
+) -> None:
+    config = copy.deepcopy(CONFIG)
+    config.is_decoder = decoder
+    layers = [T5Attention(config, first, layer_idx=0, is_causal=decoder) for first in (True, False)]
+    torch.manual_seed(0)
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    owner = torch.tensor([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
+    mask = owner[:, None, :, None] == owner[:, None, None, :]
+    if decoder:
+        mask = mask & torch.ones(6, 6, dtype=torch.bool).tril()
+
+    def called(x: Tensor) -> Tensor:
+        first, bias, _ = layers[0](x, mask=mask)
+        return layers[1](first, mask=mask, position_bias=bias)[0]
+
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]  # the bias of positions too
+    inputs = (torch.randn(2, 6, 24),)
+    expected = results(called, inputs, iter(parameters))
+    for layer in layers:
+        quicken(layer)
+    assert_same(expected, results(called, inputs, iter(parameters)))
+
+
+def lora_linear(dropout: float = 0.0) -> nn.Module:
+    module = cross_attention(["q"], dropout)
+    return next(part.q for part in module.modules() if isinstance(part, T5Attention))
+
+
+def test_an_adapted_layer_is_that_of_peft() -> None:
+    layer, x = lora_linear(), torch.randn(4, 5, 24)
+    quick = copy.deepcopy(layer)
+    quicken(quick)
+    assert_same(*(results(one, (x,), one.parameters()) for one in (layer, quick)))
+    half = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for one in (layer, quick):
+            one.base_layer.to(torch.bfloat16)
+            half.append(results(one, (x.bfloat16(),), one.parameters()))
+    for one, other in zip(*half, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= 2**-6 * one.abs().max()  # roundings of bf16
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged", "dropout"])
+def test_an_adapter_that_is_switched_off_merged_or_has_dropout_is_left_to_peft(state: str) -> None:
+    layer, x = lora_linear(0.5 if state == "dropout" else 0.0), torch.randn(4, 5, 24)
+    if state == "disabled":
+        layer.enable_adapters(False)
+    if state == "merged":
+        layer.merge()
+    torch.manual_seed(0)
+    expected = layer(x)
+    quicken(layer)
+    layer.lora_dropout["default"].__dict__.pop("forward", None)  # dropout draws otherwise; this is about the layer
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), expected)
+
+
 # --- a whole model ----------------------------------------------------------------------------------------------------
 
 ITEMS, USERS, BASE, WIDTH = 30, 20, 103, 16

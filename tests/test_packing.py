@@ -39,6 +39,10 @@ def test_real_like_lengths_leave_next_to_no_padding() -> None:
     shapes = Packing.fitting([lengths])
     assert shapes.rows * shapes.row_length < 1.02 * lengths.sum()
     assert shapes.row_length % MULTIPLE == 0 and shapes.row_length >= lengths.max() == shapes.longest
+    few = Packing.fitting(
+        [lengths_of(64, seed) for seed in range(8)]
+    )  # where a row more or less is much, any length goes
+    assert few.rows * few.row_length < 1.03 * max(lengths_of(64, seed).sum() for seed in range(8))
 
 
 def test_examples_of_one_length_get_rows_that_they_fill() -> None:
