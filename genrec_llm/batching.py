@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genrec_llm.errors import ConfigError
@@ -146,9 +147,13 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
-def _deaf(worker: int) -> None:
-    """A DataLoader's worker leaves SIGTERM, which torchrun and SLURM give to all of a group, to its process, which saves."""
+def _follow(worker: int) -> None:
+    """A DataLoader's worker leaves SIGTERM, which torchrun and SLURM give to all of a group, to its process, which saves.
+
+    It ends with its process, even where it hangs: it would keep the launch's output open.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux; elsewhere torch does nothing
 
 
 def heaviest_batch(task: Task, size: int, *, seed: int, shares: int, packed: bool) -> dict[str, torch.Tensor]:
@@ -187,7 +192,7 @@ def train_loader(
         TaskDataset(task, fixed_shapes(batches) if packed else None),
         batch_sampler=RankBatches(batches, rank=rank, world_size=world_size),
         collate_fn=_whole,
-        worker_init_fn=_deaf,
+        worker_init_fn=_follow,
         num_workers=workers,
         pin_memory=pin_memory,
     )
