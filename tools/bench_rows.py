@@ -143,7 +143,7 @@ def run(arm: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, __file__, *flags, "--child", arm, "--folder", str(folder), "--run", out]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(f"{arm}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+        sys.exit(f"{arm}: exit {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
