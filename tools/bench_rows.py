@@ -56,10 +56,11 @@ def save_log(path: Path, items: int) -> None:
 
 def save_backbone(folder: Path) -> None:
     """Write a T5 with random weights and a tokenizer that knows masks alone."""
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration, set_seed
 
     from genrec_llm.model import bare_tokenizer
 
+    set_seed(0)
     tokenizer = bare_tokenizer("t5")
     T5ForConditionalGeneration(T5Config(**GEOMETRY, vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
