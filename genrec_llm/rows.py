@@ -24,6 +24,9 @@ WINDOW = 50
 """Positions within which two items of a history count as co-occurring."""
 MAX_RANK = 256
 """Directions kept of the co-occurrence; wider backbones get them turned into their space by a random rotation."""
+MOST_NUMBERS = 2**26
+"""Of a matrix of the co-occurrence's decomposition, which has about six of 256 MiB in fp32 then. Catalogues of more than
+262,144 items get fewer directions, a million 67."""
 RANDOM_NORM = 1.0
 """Row norm for a backbone without pretrained rows: the residual stream starts small, so layers are heard early."""
 USER_NORM = 0.1
@@ -63,7 +66,7 @@ def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: i
     normal = (scale @ near @ scale + sp.diags_array((degree > 0) * 0.5)).tocoo()
     place = torch.from_numpy(np.stack([normal.row, normal.col]).astype(np.int64))
     matrix = torch.sparse_coo_tensor(place, torch.from_numpy(normal.data).float(), normal.shape, check_invariants=True)
-    rank = min(dim, MAX_RANK, num_items)
+    rank = min(dim, MAX_RANK, num_items, max(1, MOST_NUMBERS // num_items))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         left, values, _ = torch.svd_lowrank(matrix.coalesce(), q=min(rank + 16, num_items), niter=6)

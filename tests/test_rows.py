@@ -96,6 +96,15 @@ def test_as_many_directions_as_items_reproduce_the_normalised_cooccurrence(
     assert np.abs(rows @ rows.T - normal @ normal).max() < 1e-5
 
 
+def test_a_large_catalogue_gets_fewer_directions_turned_into_the_whole_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cooccurrence_rows(grouped_histories(), ITEMS, 16, seed=0)
+    monkeypatch.setattr("genrec_llm.rows.MOST_NUMBERS", 3 * ITEMS + 1)
+    few = cooccurrence_rows(grouped_histories(), ITEMS, 16, seed=0)
+    assert few.shape == whole.shape and torch.linalg.matrix_rank(few, rtol=1e-4) == 3
+    kept, strongest = (torch.linalg.svdvals(rows)[:3] for rows in (few, whole))
+    torch.testing.assert_close(kept, strongest, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("dim", [16, 64])
 def test_items_of_no_history_give_rows_of_zeros(dim: int) -> None:
     """As documented; the noise of the decomposition (1e-7) must not be blown up to a row."""

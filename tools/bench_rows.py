@@ -56,10 +56,11 @@ def save_log(path: Path, items: int) -> None:
 
 def save_backbone(folder: Path) -> None:
     """Write a T5 with random weights and a tokenizer that knows masks alone."""
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration, set_seed
 
     from genrec_llm.model import bare_tokenizer
 
+    set_seed(0)
     tokenizer = bare_tokenizer("t5")
     T5ForConditionalGeneration(T5Config(**GEOMETRY, vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -143,7 +144,7 @@ def run(arm: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, __file__, *flags, "--child", arm, "--folder", str(folder), "--run", out]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(f"{arm}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+        sys.exit(f"{arm}: exit {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
