@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BartConfig, T5Config
 
 from genrec_llm import cli
+from genrec_llm.batching import as_tensors
 from genrec_llm.errors import ConfigError
+from genrec_llm.kernels import quicken
 from genrec_llm.memory import (
     GEOMETRIES,
     GIB,
@@ -29,12 +32,15 @@ from genrec_llm.memory import (
     Run,
     Shape,
     Strategy,
+    activations,
     by_strategy,
+    encoder_rows,
     estimate,
     estimate_run,
     largest_batch,
     lora_parameters,
     operations,
+    packs,
     predicted_scaling,
     read_geometry,
     recommended,
@@ -42,23 +48,29 @@ from genrec_llm.memory import (
     traffic,
     trained_parameters,
 )
-from genrec_llm.model import GenRecBart, GenRecT5, GenRecUntiedT5, IdTokens, add_lora, load_backbone
+from genrec_llm.model import GenRecBart, GenRecT5, GenRecUntiedT5, IdTokens, add_lora, load_backbone, unwrapped
+from genrec_llm.packing import Packing
 
 XL = Shape.from_config(GEOMETRIES["google/flan-t5-xl"])
 BEAUTY = Run(items=12_101, user_rows=22_364, examples=1_024, mean_length=10.3, bf16=True, strategy="ddp")
 """Amazon Beauty, all prefixes (docs/data.md)."""
 
 
-def built(config: Any, tuning: str, *, items: int = 30, users: int = 7, tie: bool = True, own_head: bool = True) -> Any:
+def built(
+    config: Any, tuning: str, *, items: int = 30, users: int = 7, tie: bool = True, own_head: bool = True,
+    lora_dropout: float = 0.0, targets: list[str] | None = None, bf16: bool = False,
+) -> Any:  # fmt: skip
     """A model as training makes it."""
     if config.model_type == "bart":
         model: Any = GenRecBart(config)
     else:
         model = (GenRecUntiedT5 if own_head else GenRecT5)(config)
+    if bf16 and tuning == "lora":
+        model = model.to(torch.bfloat16)
     item_out = None if tie else torch.randn(items, config.d_model)
     model.add_id_tokens(IdTokens(torch.randn(items, config.d_model), torch.randn(users, config.d_model), item_out), 100)
     if tuning == "lora":
-        return add_lora(model, r=4, alpha=8, dropout=0.05, targets=None, base_name="x", revision=None)
+        return add_lora(model, r=4, alpha=8, dropout=lora_dropout, targets=targets, base_name="x", revision=None)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.get_output_embeddings().requires_grad_(False)
     return model
@@ -133,6 +145,81 @@ def test_operations_of_flan_t5_xl_are_those_computed_by_hand(length: float, publ
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def packed_batch(shape: Shape, run: Run) -> dict[str, torch.Tensor]:
+    """A micro-batch of examples that are all of the run's mean length, in as many rows as it has."""
+    ids, prompts = torch.full((run.examples, run.longest), 3), (run.targets, run.prompt)
+    batch = {
+        "input_ids": ids.numpy(), "attention_mask": np.ones_like(ids),
+        "decoder_input_ids": np.full((run.examples, *prompts), 3), "labels": np.zeros((run.examples, run.targets), int),
+    }  # fmt: skip
+    if packs(shape, run):
+        rows, length = encoder_rows(shape, run)
+        batch = Packing(length, rows, run.examples, run.longest).pack(batch)
+    return as_tensors(batch)
+
+
+def kept_bytes(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool) -> int:
+    """Bytes of all tensors that autograd keeps of a forward pass: weights and all that is as wide as the scores aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.train()(**batch).loss
+    items = unwrapped(model).id_tokens.item_in.num_embeddings
+    assert loss.requires_grad
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for place, tensor in kept.items()
+        if place not in own and not (tensor.ndim == 2 and tensor.shape[1] == items)
+    )
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "as by default": {},
+    "padded": {"packing": False},
+    "transformers' layers": {"kernels": False},
+    "transformers' layers, padded": {"kernels": False, "packing": False},
+    "dropout before the adapters": {"lora_dropout": 0.05},
+    "adapters on all layers": {"lora_targets": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")},
+    "three targets": {"targets": 3},
+}
+"""What of a run decides how its layers are computed."""
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["relu", "gated", "bart"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_activations_are_what_autograd_keeps(tuning: Any, kind: str, form: str, bf16: bool, dropout: float) -> None:
+    told = FORMS[form]
+    if tuning == "full" and form in ("dropout before the adapters", "adapters on all layers"):
+        pytest.skip("there are no adapters")
+    if kind != "gated" and "lora_targets" in told:
+        pytest.skip("they have other names")
+    config = small(kind)
+    for name in ("dropout_rate",) if kind != "bart" else ("dropout", "attention_dropout"):
+        setattr(config, name, dropout)
+    shape = Shape.from_config(config.to_dict(), own_head=True)
+    run = Run(
+        items=30, user_rows=7, examples=17, longest=12, mean_length=12, tuning=tuning, lora_r=4, strategy="cpu", bf16=bf16,
+        **told,
+    )  # fmt: skip
+    model = built(
+        config, tuning, lora_dropout=run.lora_dropout, bf16=bf16, targets=run.lora_targets and list(run.lora_targets)
+    )
+    if run.kernels:
+        quicken(model)
+    found, ours = kept_bytes(model, packed_batch(shape, run), bf16=bf16), activations(shape, run)
+    print(f"RATIO {(ours.encoder + ours.decoder + ours.cached_weights)/found:.3f}")
+    assert math.isclose(ours.encoder + ours.decoder + ours.cached_weights, found, rel_tol=0.02)
 
 
 def check_memory() -> dict[str, Any]:
