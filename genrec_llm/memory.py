@@ -460,6 +460,7 @@ def activations(shape: Shape, run: Run) -> Activations:
     """
     full, d, inner, ff, heads = run.tuning == "full", shape.d_model, shape.inner, shape.d_ff, shape.heads
     quick, packed, absorbed = quickened(shape, run), packs(shape, run), absorbs(shape, run)
+    relative = shape.family == "t5"  # positions are a bias of the scores
     act = BF16 if run.bf16 else FP32
     residual = FP32 if full else act  # under autocast fp32 weights keep the residual stream in fp32
     # Of dropout: native_dropout keeps bool on a GPU, `kernels` too, the CPU's own keeps its factors.
@@ -471,7 +472,7 @@ def activations(shape: Shape, run: Run) -> Activations:
 
     if quick:
         norm = residual * d + FP32
-    elif shape.family == "t5":
+    elif relative:
         # x.float().pow(2) keeps a copy where x is not fp32; x * rsqrt keeps x; weight * normed keeps normed if trained.
         norm = residual * d + (FP32 * d if residual != FP32 else 0) + (FP32 * d if full else 0) + FP32
     else:
@@ -490,18 +491,21 @@ def activations(shape: Shape, run: Run) -> Activations:
         return (noise + act) * shape.linears[trained[0]][0] * (len(trained) * layers if alone else 1) + narrow
 
     query, key, value, out = shape._attention_names
-    # Scores are kept where no fused attention is possible: on a CPU with dropout, or with a bias that has a gradient.
-    written = run.cpu and (shape.attention_dropout > 0 or (full and shape.family == "t5"))
-    kept = FP32 if written else act  # the written-out path computes in fp32
-    scores_kept = (3 if shape.attention_dropout else 1) if written else 0
-    # Else the output, and for each head the sum of exponentials.
-    ended = read_by(out) if written else max(read_by(out), act * inner) + FP32 * heads
+    kept_scores = 3 if shape.attention_dropout else 1  # their softmax, the factors of dropout, the product of both
 
-    def attention(queries: float, keys: float, length: float, masks: int) -> float:
-        """Of `queries` tokens that look at `keys` tokens, `length` of them at a time, by so many masks of heads."""
-        pairs = queries * length
-        of_pairs = FP32 * scores_kept * heads if written else act * masks  # the mask is added, and holds T5's bias
-        return kept * inner * (queries + 2 * keys) + of_pairs * pairs + ended * queries
+    def attention(queries: float, keys: float, length: float, *, masks: int, bias: bool = False) -> float:
+        """Of `queries` tokens that look at `keys` tokens, `length` of them at a time.
+
+        Args:
+            masks: heads that have an additive mask of their own, as with T5's bias.
+            bias: that mask has a gradient.
+        """
+        # Where no fused attention is possible: on a CPU with dropout or a trained bias. Written out it computes in fp32.
+        if run.cpu and (shape.attention_dropout or bias):
+            scores = FP32 * kept_scores * heads * length
+            return FP32 * inner * (queries + 2 * keys) + (scores + read_by(out)) * queries
+        ended = max(read_by(out), act * inner) + FP32 * heads  # the output, and the sum of exponentials
+        return act * inner * (queries + 2 * keys) + (act * masks * length + ended) * queries
 
     into = tuple(name for name in shape.linears if name.startswith("wi") or name == "fc1")
     if quick and shape.gelu_new:
@@ -512,32 +516,32 @@ def activations(shape: Shape, run: Run) -> Activations:
     else:
         feed = (3 if shape.gated else 1) * act * ff
     feed += dropped(ff, shape.activation_dropout) + read_by(*into)
-    if not full or shape.family == "bart" or shape.activation_dropout or shape.gated:  # else it is the one of ReLU
-        feed += read_by("fc2" if shape.family == "bart" else "wo")
+    if not full or not relative or shape.activation_dropout or shape.gated or run.bf16:  # else ReLU's own
+        feed += read_by("wo" if relative else "fc2")
     sublayer = norm + dropped(d, shape.dropout)
-    ends = norm + dropped(d, shape.dropout) * (2 if shape.family == "t5" else 1)
+    ends = norm + dropped(d, shape.dropout) * (2 if relative else 1)
     ends += 26 if full else 18  # ids and marks of `embed`
 
     rows, length = encoder_rows(shape, run)
     read = float(rows * length)  # encoder tokens
     prompts = run.targets * run.prompt  # decoder tokens of an example, which attend to each other
     asked, seen = float(run.examples * prompts), float(run.examples * run.longest)
-    masks = heads if shape.family == "t5" else 1
     encoder = shape.encoder_layers * (
-        read * (2 * sublayer + feed + read_by(query, key, value)) + attention(read, read, length, masks)
+        read * (2 * sublayer + feed + read_by(query, key, value))
+        + attention(read, read, length, masks=heads if relative else 0, bias=full and relative)
     )
     decoder = shape.decoder_layers * (
         asked * (3 * sublayer + feed + read_by(query, key, value) + read_by(query))
-        + attention(asked, asked, prompts, masks)
+        + attention(asked, asked, prompts, masks=heads if relative else 1, bias=full and relative)
     )
-    inside = 0.0  # of an absorbed cross-attention
+    inside = 0.0
     if absorbed:
         score = act if run.cpu else FP32  # CUDA's autocast has its softmax in fp32
-        weights = score * (3 if shape.attention_dropout else 1) * heads * run.longest + run.longest  # and a mask
+        weights = score * kept_scores * heads * run.longest + run.longest  # and a mask
         states = act * heads * d * (1 + int(full or value in targets))  # a query as the states are; what it has seen
         narrow = act * heads * run.lora_r * len({key, value} & set(targets))
         inside = asked * (weights + states + narrow + (act * inner if full or key in targets else 0))
-        # Autocast casts the states for both products of each layer; on a GPU all but the inputs is computed again.
+        # On a CPU autocast casts the states for both products of each layer; a GPU keeps but the inputs.
         cast = run.cpu and residual != act
         decoder += seen * (2 * act * d * shape.decoder_layers if cast else residual * d)
         decoder += shape.decoder_layers * asked * read_by(out)
@@ -545,7 +549,9 @@ def activations(shape: Shape, run: Run) -> Activations:
     else:
         projected = read if quick and packed else seen  # keys and values are made of packed rows, then gathered
         decoder += projected * read_by(key, value, layers=shape.decoder_layers)
-        decoder += shape.decoder_layers * attention(asked, seen, run.longest, 1 if quick else masks)
+        decoder += shape.decoder_layers * attention(
+            asked, seen, run.longest, masks=heads if relative and not quick else 1
+        )
         decoder += 2 * INDEX * seen * shape.decoder_layers if quick and packed else 0
     decoder += INDEX * seen if packed else 0
     # The states that are scored, before and after the scale.
@@ -553,10 +559,13 @@ def activations(shape: Shape, run: Run) -> Activations:
     encoder, decoder = encoder + read * ends, decoder + asked * ends
     # Going back through a layer: the gradient of its output and of its two widest tensors, before those are released.
     wide = 2 * act * ff + 3 * residual * d
-    encoder_temporary = max(
-        read * wide, read * 3 * residual * d + 2 * FP32 * scores_kept * heads * read * length - feed * read
-    )
-    decoder_temporary = asked * wide + seen * (act * inner + 2 * residual * d)
+    of_scores = 2 * FP32 * heads * length if run.cpu and (shape.attention_dropout or (full and relative)) else 0
+    encoder_temporary = read * max(wide, 3 * residual * d + of_scores - feed)  # by attention's turn those are released
+    if absorbed:  # a gradient of the states from each use; then what is inside is released, or was made again on a GPU
+        decoder_temporary = 2 * residual * d * seen - asked * feed + (-inside if run.cpu else inside)
+    else:
+        decoder_temporary = (act * inner + 2 * residual * d) * seen + asked * wide
+    decoder_temporary = max(asked * wide, decoder_temporary)
     cached = BF16 * (shape.linear_parameters if full else lora_parameters(shape, run)) if run.bf16 else 0
     return Activations(encoder, decoder, encoder_temporary, decoder_temporary, cached)
 
@@ -602,8 +611,9 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     """Bytes of each part of `PARTS` on one device, at the moments of a step when memory can be fullest.
 
     "loss": scores, their softmax and its gradient, all activations; where the scores are too many to be held at once, the
-    first gradient of item rows is made with them. "head": that gradient, all activations. "encoder": the decoder's
-    gradients are there and its activations gone. "embedding": all gradients. "update": the optimizer's step.
+    first gradient of item rows is made with them. "head": that gradient and the one of the scores, all activations.
+    "decoder": the first layer on the way back. "encoder": the decoder's gradients are there and its activations gone.
+    "embedding": all gradients. "update": the optimizer's step.
     """
     n, size, full = run.processes, _trained_size(run), run.tuning == "full"
     kept = activations(shape, run)
@@ -657,11 +667,15 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     before = ended + mine if run.accumulation > 1 else 0.0  # of the micro-batches before
     share = shape.decoder_layers / (shape.encoder_layers + shape.decoder_layers)
     per_decoder = FP32 * (backbone - shape.embedding_parameters if full else lora) * share / (n if partitioned else 1)
-    tables = items * (1 if run.tied_rows else 2) + users + words + mine
-    # Another use of a table adds a second gradient for a moment. Where scores use it too, the decoder's part comes on
-    # top of theirs, and autograd (torch 2.13) writes that first sum into a third.
-    again = max(items, users, words)
+    tables = items * (1 if run.tied_rows else 2) + users + words
+    # Tables are looked up once. Where scores use one too it has a second gradient, and autograd (torch 2.13) writes the
+    # sum into a third: after the gradient of users, before that of words.
     sums = 2 * items if run.tied_rows else 0
+    if run.accumulation > 1:  # each gradient is added to that of the micro-batches before as soon as it is there
+        at_scores = items if run.tied_rows else 0
+        embedding = max(at_scores + users, at_scores + sums, items, words)
+    else:
+        embedding = max(0, sums - words)
     stored = kept.encoder + kept.decoder + kept.cached_weights
     changing = {
         "loss": {
@@ -673,17 +687,21 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
             "activations": stored,
             "gradients": before + items,
             "logits": float(at_head),
+        },
+        "decoder": {
+            "activations": stored,
+            "gradients": before + items,
             "temporary": kept.decoder_temporary,
         },
         "encoder": {
             "activations": kept.encoder + kept.cached_weights,
-            "gradients": before + tables + per_decoder,
-            "temporary": max(kept.encoder_temporary, sums),
+            "gradients": before + items if run.accumulation > 1 else items + per_decoder,
+            "temporary": kept.encoder_temporary,
         },
         "embedding": {
             "activations": kept.cached_weights,
-            "gradients": ended + tables if run.accumulation > 1 else min(gradients + mine, ended + tables),
-            "temporary": float(again),
+            "gradients": min(gradients, ended + tables) + mine,
+            "temporary": float(embedding),
         },
         "update": {
             "gradients": ended + shared,
