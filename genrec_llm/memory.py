@@ -504,8 +504,9 @@ def activations(shape: Shape, run: Run) -> Activations:
         if run.cpu and (shape.attention_dropout or bias):
             scores = FP32 * kept_scores * heads * length
             return FP32 * inner * (queries + 2 * keys) + (scores + read_by(out)) * queries
-        ended = max(read_by(out), act * inner) + FP32 * heads  # the output, and the sum of exponentials
-        return act * inner * (queries + 2 * keys) + (act * masks * length + ended) * queries
+        # Else the output, which the next layer may share, and for each head a sum of exponentials.
+        ended = read_by(out) + act * inner if targets and alone else max(read_by(out), act * inner)
+        return act * inner * (queries + 2 * keys) + (act * masks * length + ended + FP32 * heads) * queries
 
     into = tuple(name for name in shape.linears if name.startswith("wi") or name == "fc1")
     if quick and shape.gelu_new:

@@ -3,12 +3,13 @@
     python tools/check_memory.py --out docs/results/memory_cpu.json
     python tools/check_memory.py --only t5-mid-lora --only bart-full     # some of the shapes, printed alone
 
-Each shape is trained for three steps by `GenRecTrainer` in a process of its own, on drawn histories of one item up to the
-most, as many of each length, with weights at random: sizes do not depend on values. Measured on a CPU are (1) the peak of
-torch's allocator, every allocation and release of which torch.profiler records, temporaries inside of operators too, and (2)
-the peak resident memory that the kernel saw (VmHWM, reset once everything is imported) above what was resident then. The
-prediction is of (1); (2) has code loaded at first use on top, and is taken with MALLOC_MMAP_THRESHOLD_=65536: by default glibc
-keeps what is released for later. On a GPU the peak is `torch.cuda.max_memory_allocated`.
+Each shape is trained for three steps by `GenRecTrainer` in a process of its own, on drawn histories of one item up to
+the most, as many of each length, with weights at random: sizes do not depend on values. Measured on a CPU are (1) the
+peak of torch's allocator, every allocation and release of which torch.profiler records, temporaries inside of operators
+too, and (2) the peak resident memory that the kernel saw (VmHWM, reset once everything is imported) above what was
+resident then. The prediction is of (1); (2) has code loaded at first use on top, and is taken with
+MALLOC_MMAP_THRESHOLD_=65536: by default glibc keeps what is released for later. On a GPU the peak is
+`torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
