@@ -9,12 +9,14 @@ they are from measured runs. Needs neither torch nor transformers, and takes mic
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from genrec_llm.errors import ConfigError
+from genrec_llm.packing import MULTIPLE
 
 Strategy = Literal["cpu", "single_gpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -31,6 +33,8 @@ MOST_SCORES = 2**27
 """Scores of a micro-batch up to which the loss makes all of them at once; beyond, as many at a time (`item_loss`)."""
 PADDING = 1.05
 """Tokens computed for each token that counts, with batches of like lengths."""
+FILLING = 1.02
+"""The same where examples share rows: what is left empty, and what a batch has above the mean."""
 PARTS = ("weights", "id rows", "LoRA", "optimizer state", "gradients", "activations", "logits", "buffers", "temporary")
 
 
@@ -248,6 +252,8 @@ class Run:
         quantization: of the frozen backbone's linear layers.
         optimizer_bytes: state of the optimizer for each trained element: 8 for AdamW, 2 for its 8-bit form.
         sparse_users: user rows have sparse gradients (`--sparse-user-rows`); their optimizer state is whole.
+        packing: examples share rows of the encoder's input, where the backbone allows it.
+        kernels: T5's layers have the forms of `kernels`.
     """
 
     items: int
@@ -269,6 +275,8 @@ class Run:
     quantization: Literal["8bit", "4bit"] | None = None
     optimizer_bytes: float = 8.0
     sparse_users: bool = False
+    packing: bool = True
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         problems = [
@@ -395,6 +403,39 @@ def dense_parameters(shape: Shape, run: Run) -> int:
     return trained_parameters(shape, run) - (run.user_rows * shape.d_model if run.sparse_users else 0)
 
 
+# --- how it is computed -----------------------------------------------------------------------------------------------
+
+
+def packs(shape: Shape, run: Run) -> bool:
+    """Whether examples share rows of tokens: where positions are relative."""
+    return run.packing and shape.family == "t5"
+
+
+def quickened(shape: Shape, run: Run) -> bool:
+    """Whether layers have the forms of `kernels`, which are T5's."""
+    return run.kernels and shape.family == "t5"
+
+
+def absorbs(shape: Shape, run: Run) -> bool:
+    """Whether cross-attention makes no keys and values: their layers are plain products, and whole."""
+    key, value = shape._attention_names[1:3]
+    noisy = run.tuning == "lora" and run.lora_dropout and {key, value} & set(lora_targets(shape, run))
+    partitioned = run.strategy in ("zero3", "zero3_offload")
+    return quickened(shape, run) and not noisy and not run.quantization and not partitioned
+
+
+def encoder_rows(shape: Shape, run: Run) -> tuple[int, int]:
+    """Rows of the encoder's input, and tokens of a row.
+
+    Packed rows are as long as `Packing.fitting` makes them: they hold the longest example, and two of those of the mean.
+    Padded ones are those of the longest examples, since one such batch comes.
+    """
+    if not packs(shape, run):
+        return run.examples, run.longest
+    length = math.ceil(max(run.longest, 2 * run.mean_length) / MULTIPLE) * MULTIPLE
+    return math.ceil(FILLING * run.examples * run.mean_length / length), length
+
+
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
@@ -410,87 +451,122 @@ class Activations:
     """bf16 copies of fp32 weights that autocast makes and the backward pass needs."""
 
 
-def activations(shape: Shape, run: Run, tokens: int, rows: int) -> Activations:
+def activations(shape: Shape, run: Run) -> Activations:
     """What a forward pass leaves for the backward pass.
 
-    Counted per token and layer, from the operations of `modeling_t5.py` and `modeling_bart.py` of transformers 5 and the
-    formulas of autograd: a product keeps both factors, a frozen linear layer keeps nothing, one that is trained keeps its
-    input, and so on.
-
-    Args:
-        tokens: of an input row, padding included.
-        rows: input rows.
+    Counted per token and layer, from the operations of `modeling_t5.py` and `modeling_bart.py` of transformers 5, from what
+    the functions of `kernels` save, and from the formulas of autograd: a product keeps both factors, a frozen linear layer
+    keeps nothing, one that is trained keeps its input, and so on.
     """
-    full, d, inner, ff = run.tuning == "full", shape.d_model, shape.inner, shape.d_ff
+    full, d, inner, ff, heads = run.tuning == "full", shape.d_model, shape.inner, shape.d_ff, shape.heads
+    quick, packed, absorbed = quickened(shape, run), packs(shape, run), absorbs(shape, run)
+    relative = shape.family == "t5"  # positions are a bias of the scores
     act = BF16 if run.bf16 else FP32
     residual = FP32 if full else act  # under autocast fp32 weights keep the residual stream in fp32
-    mask = act if run.cpu else 1  # of dropout: native_dropout keeps bool on a GPU, the CPU's keeps its factors
+    # Of dropout: native_dropout keeps bool on a GPU, `kernels` too, the CPU's own keeps its factors.
+    mask = 1 if quick or not run.cpu else act
     targets = () if full else lora_targets(shape, run)
 
     def dropped(width: int, probability: float) -> float:
         return mask * width if probability else 0
 
-    if shape.family == "t5":
+    if quick:
+        norm = residual * d + FP32
+    elif relative:
         # x.float().pow(2) keeps a copy where x is not fp32; x * rsqrt keeps x; weight * normed keeps normed if trained.
         norm = residual * d + (FP32 * d if residual != FP32 else 0) + (FP32 * d if full else 0) + FP32
     else:
         norm = residual * d + 2 * FP32
 
-    def adapters(*names: str) -> float:
-        """Of the linear layers `names` of one place: LoRA's dropout in fp32, A's input, B's input."""
-        noise = (FP32 if run.cpu else 1) if run.lora_dropout else 0
-        return sum((noise + act) * shape.linears[name][0] + act * run.lora_r for name in names if name in targets)
+    # Autocast casts, and LoRA's dropout draws, for each linear layer anew.
+    alone = run.bf16 or bool(targets and run.lora_dropout)
+    noise = (1 if run.kernels or not run.cpu else FP32) if targets and run.lora_dropout else 0
+
+    def read_by(*names: str, layers: int = 1) -> float:
+        """Of a token that linear layers read, in as many blocks: inputs of the trained ones, those of LoRA's A and B."""
+        trained = [name for name in names if full or name in targets]
+        if not trained:
+            return 0
+        narrow = 0 if full else act * run.lora_r * len(trained) * layers
+        return (noise + act) * shape.linears[trained[0]][0] * (len(trained) * layers if alone else 1) + narrow
 
     query, key, value, out = shape._attention_names
-    # Scores are kept where no fused attention is possible: on a CPU with dropout, or with a bias that has a gradient.
-    math = run.cpu and (shape.attention_dropout > 0 or (full and shape.family == "t5"))
-    kept = FP32 if math else act  # the written-out path computes in fp32
-    scores_kept = (3 if shape.attention_dropout else 1) if math else 0
+    kept_scores = 3 if shape.attention_dropout else 1  # their softmax, the factors of dropout, the product of both
 
-    def attention(queries: float, keys: float, length: float) -> float:
-        """Of `queries` tokens that look at `keys` tokens, `length` of them at a time."""
-        pairs = queries * length
-        saved = kept * inner * (queries + 2 * keys) + FP32 * scores_kept * shape.heads * pairs
-        if math:
-            saved += act * inner * queries if full else 0  # input of the output projection
-        else:
-            saved += act * inner * queries + FP32 * shape.heads * queries  # output, and the sum of exponentials
-            saved += act * pairs * (shape.heads if shape.family == "t5" else 1)  # additive mask (with T5's bias)
-        return saved
+    def attention(queries: float, keys: float, length: float, *, masks: int, bias: bool = False) -> float:
+        """Of `queries` tokens that look at `keys` tokens, `length` of them at a time.
 
-    if shape.gelu_new:
+        Args:
+            masks: heads that have an additive mask of their own, as with T5's bias.
+            bias: that mask has a gradient.
+        """
+        # Where no fused attention is possible: on a CPU with dropout or a trained bias. Written out it computes in fp32.
+        if run.cpu and (shape.attention_dropout or bias):
+            scores = FP32 * kept_scores * heads * length
+            return FP32 * inner * (queries + 2 * keys) + (scores + read_by(out)) * queries
+        # Else the output, which the next layer may share, and for each head a sum of exponentials.
+        ended = read_by(out) + act * inner if targets and alone else max(read_by(out), act * inner)
+        return act * inner * (queries + 2 * keys) + (act * masks * length + ended + FP32 * heads) * queries
+
+    into = tuple(name for name in shape.linears if name.startswith("wi") or name == "fc1")
+    if quick and shape.gelu_new:
+        feed: float = 2 * act * ff
+    elif shape.gelu_new:
         # Six factors: x³, x/2, tanh, 1 + tanh, gelu, gate. CUDA's autocast computes pow, and what follows, in fp32.
-        feed: float = 6 * act * ff if run.cpu or not run.bf16 else (4 * FP32 + 2 * BF16) * ff
+        feed = 6 * act * ff if run.cpu or not run.bf16 else (4 * FP32 + 2 * BF16) * ff
     else:
         feed = (3 if shape.gated else 1) * act * ff
-    feed += dropped(ff, shape.activation_dropout)
-    if full and (shape.family == "bart" or shape.activation_dropout or shape.gated):
-        feed += act * ff  # input of the last projection
-    into = tuple(name for name in shape.linears if name.startswith("wi") or name == "fc1")
-    feed += adapters(*into, "wo", "fc2")
-    inputs = act * d if full else 0  # of a group of trained linear layers
-    sublayer = norm + dropped(d, shape.dropout) + inputs
+    feed += dropped(ff, shape.activation_dropout) + read_by(*into)
+    if not full or not relative or shape.activation_dropout or shape.gated or run.bf16:  # else ReLU's own
+        feed += read_by("wo" if relative else "fc2")
+    sublayer = norm + dropped(d, shape.dropout)
+    ends = norm + dropped(d, shape.dropout) * (2 if relative else 1)
+    ends += 26 if full else 18  # ids and marks of `embed`
 
-    read = float(rows * tokens)  # encoder tokens
-    seen = read * run.targets  # encoder tokens as the decoder sees them: once a target
-    asked = float(rows * run.targets * run.prompt)  # decoder tokens
-    ends = norm + 2 * dropped(d, shape.dropout) if shape.family == "t5" else norm + dropped(d, shape.dropout)
-
-    encoder_layer = read * (2 * sublayer + feed + adapters(query, key, value, out)) + attention(read, read, tokens)
-    decoder_layer = (
-        asked * (3 * sublayer + feed + adapters(query, key, value, out) + adapters(query, out))
-        + seen * adapters(key, value)
-        + attention(asked, asked, run.prompt)
-        + attention(asked, seen, tokens)
+    rows, length = encoder_rows(shape, run)
+    read = float(rows * length)  # encoder tokens
+    prompts = run.targets * run.prompt  # decoder tokens of an example, which attend to each other
+    asked, seen = float(run.examples * prompts), float(run.examples * run.longest)
+    encoder = shape.encoder_layers * (
+        read * (2 * sublayer + feed + read_by(query, key, value))
+        + attention(read, read, length, masks=heads if relative else 0, bias=full and relative)
     )
-    encoder = shape.encoder_layers * encoder_layer + read * (ends + 18)  # 18: ids and marks of `embed`
-    decoder = shape.decoder_layers * decoder_layer + asked * (ends + 18) + seen * inputs
+    decoder = shape.decoder_layers * (
+        asked * (3 * sublayer + feed + read_by(query, key, value) + read_by(query))
+        + attention(asked, asked, prompts, masks=heads if relative else 1, bias=full and relative)
+    )
+    inside = 0.0
+    if absorbed:
+        score = act if run.cpu else FP32  # CUDA's autocast has its softmax in fp32
+        weights = score * kept_scores * heads * run.longest + run.longest  # and a mask
+        states = act * heads * d * (1 + int(full or value in targets))  # a query as the states are; what it has seen
+        narrow = act * heads * run.lora_r * len({key, value} & set(targets))
+        inside = asked * (weights + states + narrow + (act * inner if full or key in targets else 0))
+        # On a CPU autocast casts the states for both products of each layer; a GPU keeps but the inputs.
+        cast = run.cpu and residual != act
+        decoder += seen * (2 * act * d * shape.decoder_layers if cast else residual * d)
+        decoder += shape.decoder_layers * asked * read_by(out)
+        decoder += shape.decoder_layers * (inside if run.cpu else asked * act * inner)
+    else:
+        projected = read if quick and packed else seen  # keys and values are made of packed rows, then gathered
+        decoder += projected * read_by(key, value, layers=shape.decoder_layers)
+        decoder += shape.decoder_layers * attention(
+            asked, seen, run.longest, masks=heads if relative and not quick else 1
+        )
+        decoder += 2 * INDEX * seen * shape.decoder_layers if quick and packed else 0
+    decoder += INDEX * seen if packed else 0
+    # The states that are scored, before and after the scale.
+    decoder += asked * residual * d + run.examples * run.targets * FP32 * d
+    encoder, decoder = encoder + read * ends, decoder + asked * ends
     # Going back through a layer: the gradient of its output and of its two widest tensors, before those are released.
     wide = 2 * act * ff + 3 * residual * d
-    encoder_temporary = max(
-        read * wide, read * 3 * residual * d + 2 * FP32 * scores_kept * shape.heads * read * tokens - feed * read
-    )
-    decoder_temporary = asked * wide + seen * (act * inner + 2 * residual * d)
+    of_scores = 2 * FP32 * heads * length if run.cpu and (shape.attention_dropout or (full and relative)) else 0
+    encoder_temporary = read * max(wide, 3 * residual * d + of_scores - feed)  # by attention's turn those are released
+    if absorbed:  # a gradient of the states from each use; then what is inside is released, or was made again on a GPU
+        decoder_temporary = 2 * residual * d * seen - asked * feed + (-inside if run.cpu else inside)
+    else:
+        decoder_temporary = (act * inner + 2 * residual * d) * seen + asked * wide
+    decoder_temporary = max(asked * wide, decoder_temporary)
     cached = BF16 * (shape.linear_parameters if full else lora_parameters(shape, run)) if run.bf16 else 0
     return Activations(encoder, decoder, encoder_temporary, decoder_temporary, cached)
 
@@ -536,11 +612,12 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     """Bytes of each part of `PARTS` on one device, at the moments of a step when memory can be fullest.
 
     "loss": scores, their softmax and its gradient, all activations; where the scores are too many to be held at once, the
-    first gradient of item rows is made with them. "head": that gradient, all activations. "encoder": the decoder's
-    gradients are there and its activations gone. "embedding": all gradients. "update": the optimizer's step.
+    first gradient of item rows is made with them. "head": that gradient and the one of the scores, all activations.
+    "decoder": the first layer on the way back. "encoder": the decoder's gradients are there and its activations gone.
+    "embedding": all gradients. "update": the optimizer's step.
     """
     n, size, full = run.processes, _trained_size(run), run.tuning == "full"
-    kept = activations(shape, run, run.longest, run.examples)
+    kept = activations(shape, run)
     rows, lora = row_parameters(shape, run), lora_parameters(shape, run)
     trained = trained_parameters(shape, run)
     backbone = trained - rows - lora
@@ -591,11 +668,15 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     before = ended + mine if run.accumulation > 1 else 0.0  # of the micro-batches before
     share = shape.decoder_layers / (shape.encoder_layers + shape.decoder_layers)
     per_decoder = FP32 * (backbone - shape.embedding_parameters if full else lora) * share / (n if partitioned else 1)
-    tables = items * (1 if run.tied_rows else 2) + users + words + mine
-    # Another use of a table adds a second gradient for a moment. Where scores use it too, the decoder's part comes on
-    # top of theirs, and autograd (torch 2.13) writes that first sum into a third.
-    again = max(items, users, words)
+    tables = items * (1 if run.tied_rows else 2) + users + words
+    # Tables are looked up once. Where scores use one too it has a second gradient, and autograd (torch 2.13) writes the
+    # sum into a third: after the gradient of users, before that of words.
     sums = 2 * items if run.tied_rows else 0
+    if run.accumulation > 1:  # each gradient is added to that of the micro-batches before as soon as it is there
+        at_scores = items if run.tied_rows else 0
+        embedding = max(at_scores + users, at_scores + sums, items, words)
+    else:
+        embedding = max(0, sums - words)
     stored = kept.encoder + kept.decoder + kept.cached_weights
     changing = {
         "loss": {
@@ -607,17 +688,21 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
             "activations": stored,
             "gradients": before + items,
             "logits": float(at_head),
+        },
+        "decoder": {
+            "activations": stored,
+            "gradients": before + items,
             "temporary": kept.decoder_temporary,
         },
         "encoder": {
             "activations": kept.encoder + kept.cached_weights,
-            "gradients": before + tables + per_decoder,
-            "temporary": max(kept.encoder_temporary, sums),
+            "gradients": before + items if run.accumulation > 1 else items + per_decoder,
+            "temporary": kept.encoder_temporary,
         },
         "embedding": {
             "activations": kept.cached_weights,
-            "gradients": ended + tables if run.accumulation > 1 else min(gradients + mine, ended + tables),
-            "temporary": float(again),
+            "gradients": min(gradients, ended + tables) + mine,
+            "temporary": float(embedding),
         },
         "update": {
             "gradients": ended + shared,
@@ -695,20 +780,29 @@ def operations(shape: Shape, run: Run, length: float | None = None) -> float:
     the gradient of a weight that is trained.
     """
     read = run.mean_length if length is None else length
-    asked, seen = run.targets * run.prompt, run.targets * read
+    packed, absorbed = packs(shape, run), absorbs(shape, run)
+    asked = run.targets * run.prompt
+    seen = run.longest if packed else read  # states as cross-attention has them
+    projected = 0 if absorbed else read if quickened(shape, run) else seen  # keys and values are made of
     d, inner = shape.d_model, shape.inner
     attention = 4 * d * inner
     encoder = shape.encoder_layers * (attention + shape.feed_forward) * read
-    decoder = shape.decoder_layers * ((attention + 2 * d * inner + shape.feed_forward) * asked + 2 * d * inner * seen)
-    pairs = shape.encoder_layers * read**2 + shape.decoder_layers * asked * (run.prompt + read)
+    cross = attention if absorbed else 2 * d * inner  # of a query: its states are narrowed where it absorbs
+    decoder = shape.decoder_layers * ((attention + cross + shape.feed_forward) * asked + 2 * d * inner * projected)
+    pairs = shape.encoder_layers * read * (encoder_rows(shape, run)[1] if packed else read)
+    pairs += shape.decoder_layers * asked * asked
+    crossing = shape.decoder_layers * asked * seen * (shape.heads * d if absorbed else inner)
     passes = 3 if run.tuning == "full" else 2
+    again = 0.0
+    if absorbed and not run.cpu:  # its forward pass is computed a second time
+        again = 2.0 * shape.decoder_layers * 2 * d * inner * asked + 4.0 * crossing
     head = 3 * 2.0 * run.targets * run.items * d
     lora = 0.0
     if run.tuning == "lora":
-        tokens = shape.encoder_layers * read + shape.decoder_layers * (2 * asked + seen) / 1.5
+        tokens = shape.encoder_layers * read + shape.decoder_layers * (2 * asked + (projected or asked)) / 1.5
         layers = shape.encoder_layers + 2 * shape.decoder_layers
         lora = 3 * 2.0 * lora_parameters(shape, run) / layers * tokens
-    return passes * 2.0 * (encoder + decoder) + 3 * 4.0 * inner * pairs + head + lora
+    return passes * 2.0 * (encoder + decoder) + 3 * 4.0 * (inner * pairs + crossing) + again + head + lora
 
 
 @dataclass(frozen=True)
@@ -760,7 +854,8 @@ class Estimate:
             return None
         rows = self.run.examples * self.run.accumulation
         speed = self.hardware.tflops * 1e12 * self.hardware.utilisation
-        return operations(self.shape, self.run) * PADDING * rows / speed
+        more = FILLING if packs(self.shape, self.run) else PADDING
+        return operations(self.shape, self.run) * more * rows / speed
 
     @property
     def communication_seconds(self) -> float:
@@ -956,6 +1051,8 @@ def estimate_run(
         quantization=model_args.quantization,
         optimizer_bytes=0.0 if optimizer == "sgd" else 2.0 if "8bit" in optimizer else 8.0,
         sparse_users=training_args.sparse_user_rows,
+        packing=training_args.packing,
+        kernels=training_args.kernels,
     )
     return estimate(shape, run, hardware, examples=examples)
 

@@ -3,12 +3,13 @@
     python tools/check_memory.py --out docs/results/memory_cpu.json
     python tools/check_memory.py --only t5-mid-lora --only bart-full     # some of the shapes, printed alone
 
-Each shape is trained for three steps by `GenRecTrainer` in a process of its own, on drawn histories of one length, with
-weights at random: sizes do not depend on values. Measured on a CPU are (1) the peak of torch's allocator, every allocation
-and release of which torch.profiler records, temporaries inside of operators too, and (2) the peak resident memory that
-the kernel saw (VmHWM, reset once everything is imported) above what was resident then. The prediction is of (1); (2) has
-code loaded at first use on top, and is taken with MALLOC_MMAP_THRESHOLD_=65536: by default glibc keeps what is released for
-later. On a GPU the peak is `torch.cuda.max_memory_allocated`.
+Each shape is trained for three steps by `GenRecTrainer` in a process of its own, on drawn histories of one item up to
+the most, as many of each length, with weights at random: sizes do not depend on values. Measured on a CPU are (1) the
+peak of torch's allocator, every allocation and release of which torch.profiler records, temporaries inside of operators
+too, and (2) the peak resident memory that the kernel saw (VmHWM, reset once everything is imported) above what was
+resident then. The prediction is of (1); (2) has code loaded at first use on top, and is taken with
+MALLOC_MMAP_THRESHOLD_=65536: by default glibc keeps what is released for later. On a GPU the peak is
+`torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ class Case:
     geometry: dict[str, Any]
     run: dict[str, Any]
     history: int = 30
+    """Items of the longest history."""
     masks: int = 0
     """Items hidden in a history (pretraining); 0 is finetuning."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """More training arguments."""
 
 
 def bart(d_model: int, layers: int, d_ff: int, heads: int) -> dict[str, Any]:
@@ -84,6 +84,20 @@ CASES: dict[str, Case] = {
     "flan-t5-small-bf16": Case(
         "t5", T5_SMALL | GATED, {"items": 12_101, "user_rows": 22_364, "examples": 64, "bf16": True}
     ),
+    # What can be switched off.
+    "flan-t5-small-stock": Case(
+        "t5", T5_SMALL | GATED,
+        {"items": 12_101, "user_rows": 22_364, "examples": 64, "packing": False, "kernels": False},
+    ),
+    "t5-mid-stock-packed": Case(
+        "t5", T5_MID | GATED, {"items": 5_000, "user_rows": 1_000, "examples": 128, "kernels": False}
+    ),
+    "t5-mid-padded": Case(
+        "t5", T5_MID | GATED, {"items": 5_000, "user_rows": 1_000, "examples": 128, "packing": False}
+    ),
+    "t5-mid-lora-dropout": Case(
+        "t5", T5_MID | GATED, {"items": 5_000, "user_rows": 1_000, "examples": 128, "lora_dropout": 0.05}
+    ),
 }  # fmt: skip
 
 
@@ -103,6 +117,11 @@ def allocator_peak(events: list[Any]) -> int:
         live += change
         peak = max(peak, live)
     return peak
+
+
+def shortest(case: Case) -> int:
+    """Items of the shortest history: of two one can be hidden."""
+    return 2 if case.masks else 1
 
 
 def train(case: Case) -> dict[str, int]:
@@ -149,14 +168,17 @@ def train(case: Case) -> dict[str, int]:
     model.add_id_tokens(IdTokens(item_in, user_in, item_out), base)
     del item_in, user_in, item_out
     if lora:
-        model = add_lora(model, r=16, alpha=32, dropout=0.05, targets=None, base_name="random", revision=None)
+        model = add_lora(
+            model, r=16, alpha=32, dropout=run.lora_dropout, targets=None, base_name="random", revision=None
+        )
     elif model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.get_output_embeddings().requires_grad_(False)
-    length = case.history if case.masks else case.history + 1
+    shown = np.linspace(shortest(case), case.history, examples).round().astype(int)
+    offsets = np.concatenate([[0], np.cumsum(shown if case.masks else shown + 1)])  # and the target
     random = np.random.default_rng(0)
     histories = Sequences(
-        items=random.integers(run.items, size=examples * length),
-        offsets=np.arange(examples + 1) * length,
+        items=random.integers(run.items, size=offsets[-1]),
+        offsets=offsets,
         users=random.integers(run.user_rows, size=examples),
     )
     task: Any = NextItem(histories, layout, seed=0, targets="last")
@@ -167,7 +189,7 @@ def train(case: Case) -> dict[str, int]:
             output_dir=folder, max_steps=3, global_batch_size=run.examples * run.accumulation,
             gradient_accumulation_steps=run.accumulation, use_cpu=not cuda, bf16=run.bf16, eval_strategy="no",
             save_strategy="no", load_best_model_at_end=False, disable_tqdm=True, sparse_user_rows=run.sparse_users,
-            **case.settings,
+            packing=run.packing, kernels=run.kernels,
         )  # fmt: skip
         trainer = GenRecTrainer(model, training, task=task, layout=layout, validation=None)
         trainer.train()
@@ -187,10 +209,11 @@ def predict(case: Case, *, cuda: bool) -> Any:
     shape = Shape.from_config(
         {"model_type": case.family, "vocab_size": vocab, **case.geometry}, own_head=case.family == "t5"
     )
-    longest = case.history + (2 if case.masks else 3)  # user, end, and in finetuning the mask behind the history
+    around = 2 if case.masks else 3  # user, end, and in finetuning the mask behind the history
     strategy = "single_gpu" if cuda else "cpu"
-    told = {"strategy": strategy, "longest": longest, "mean_length": longest, "targets": case.masks or 1}
-    return estimate(shape, Run(**case.run, **told))
+    mean_length = (shortest(case) + case.history) / 2 + around
+    told = {"strategy": strategy, "targets": case.masks or 1}
+    return estimate(shape, Run(**case.run, **told, longest=case.history + around, mean_length=mean_length))
 
 
 def measured(name: str, ways: Sequence[str] = ("allocator", "resident")) -> dict[str, int]:
