@@ -493,6 +493,15 @@ def activations(shape: Shape, run: Run) -> Activations:
     query, key, value, out = shape._attention_names
     kept_scores = 3 if shape.attention_dropout else 1  # their softmax, the factors of dropout, the product of both
 
+    def self_attention(tokens: float, length: float) -> float:
+        """Of tokens that look at those of their row, `length` of them."""
+        if not quick:
+            return attention(tokens, tokens, length, masks=heads if relative else 1, bias=full and relative)
+        if run.cpu:
+            scores = (2 * act + 1 if shape.attention_dropout else act) * heads * length  # softmax, mask, what is left
+            return (3 * act * inner + scores + read_by(out)) * tokens
+        return attention(tokens, tokens, length, masks=0)
+
     def attention(queries: float, keys: float, length: float, *, masks: int, bias: bool = False) -> float:
         """Of `queries` tokens that look at `keys` tokens, `length` of them at a time.
 
@@ -529,12 +538,13 @@ def activations(shape: Shape, run: Run) -> Activations:
     asked, seen = float(run.examples * prompts), float(run.examples * run.longest)
     encoder = shape.encoder_layers * (
         read * (2 * sublayer + feed + read_by(query, key, value))
-        + attention(read, read, length, masks=heads if relative else 0, bias=full and relative)
+        + (self_attention(read, length) if relative else attention(read, read, length, masks=0))
     )
     decoder = shape.decoder_layers * (
-        asked * (3 * sublayer + feed + read_by(query, key, value) + read_by(query))
-        + attention(asked, asked, prompts, masks=heads if relative else 1, bias=full and relative)
+        asked * (3 * sublayer + feed + read_by(query, key, value) + read_by(query)) + self_attention(asked, prompts)
     )
+    if quick and not run.cpu:  # the mask with the bias in it, which all layers share
+        encoder, decoder = encoder + act * heads * length * read, decoder + act * heads * prompts * asked
     inside = 0.0
     if absorbed:
         score = act if run.cpu else FP32  # CUDA's autocast has its softmax in fp32
