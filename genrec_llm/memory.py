@@ -776,10 +776,12 @@ def traffic(shape: Shape, run: Run) -> Traffic:
     backbone: float = size * used.parameters if run.tuning == "full" else _frozen_bytes(used, run)
     whole: float = backbone + size * (lora + rows)
     if used.parameters + lora + rows > ZERO3_LIVE:
-        # Nothing lasts to its next use: the item table is read by encoder, decoder, scores and their gradients.
+        # Nothing lasts to its next use: a table is read where tokens are looked up, that of items by scores, and by the
+        # gradient of each use. A frozen table has none.
         tables = run.items * shape.d_model * (1 if run.tied_rows else 2)
         users = run.user_rows * shape.d_model
-        whole = 2 * (whole - size * rows - words) + size * (5 * tables + 3 * users) + 2 * words
+        looked_up = size * (4 * tables + 2 * users) + (2 if run.tuning == "full" else 1) * words
+        whole = 2 * (whole - size * rows - words) + looked_up
     return Traffic(all_gather=whole * run.accumulation, reduce_scatter=size * trained * run.accumulation)
 
 

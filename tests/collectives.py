@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config
 
+from genrec_llm.kernels import quicken
 from genrec_llm.model import GenRecUntiedT5, IdTokens, add_lora, id_tokens_of
 from genrec_llm.sparse_rows import exchange, make_sparse
 
@@ -125,9 +126,10 @@ def main() -> None:
     model: Any = GenRecUntiedT5(T5Config(**GEOMETRY))
     model.add_id_tokens(IdTokens(torch.randn(ITEMS, width), torch.randn(USERS, width), None), 150)
     if tuning == "lora":
-        model = add_lora(model, r=16, alpha=32, dropout=0.05, targets=None, base_name="x", revision=None)
+        model = add_lora(model, r=16, alpha=32, dropout=0.0, targets=None, base_name="x", revision=None)
     else:
         model.get_output_embeddings().requires_grad_(False)
+    quicken(model)
     ids = torch.randint(0, 1000, (EXAMPLES, 11))
     ids[:, 0] = 150 + ITEMS + torch.arange(EXAMPLES)  # a user each
     batch = {
