@@ -370,7 +370,8 @@ def test_a_node_that_is_killed_is_named_by_the_other(hosts: tuple[Host, Host], g
     first, second = stepping(hosts, ground, tmp_path / "run")
     hosts[1].kill()
     output = end_within(first, 5)
-    assert re.search(r"error: process 1 on node-1 \(pid \d+, after step \d+\) is gone( \(what failed here: .*\))?; training ends here", output)
+    gone = r"error: process 1 on node-1 \(pid \d+, after step \d+\) is gone( \(what failed here: .*\))?; training ends here"
+    assert re.search(gone, output)
     end_of(second)
 
 
