@@ -328,6 +328,11 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         self.per_device_train_batch_size = -(-self.global_batch_size // (self.world_size * steps))
 
     @property
+    def length_classes(self) -> int:
+        """At most so many classes of length in packed batches: `kernels` read them apart, other layers need one."""
+        return 3 if self.kernels else 1
+
+    @property
     def rows_rate(self) -> float:
         """Learning rate of the id rows."""
         return self.learning_rate if self.rows_learning_rate is None else self.rows_learning_rate

@@ -8,7 +8,7 @@ is packed into rows of a fixed length or, where a backbone's positions do not al
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genrec_llm.errors import ConfigError
 from genrec_llm.packing import Packing
-from genrec_llm.tasks import Batch, IntArray, Task
+from genrec_llm.tasks import IntArray, Task
 
 GROUPED_BATCHES = 64
 """Global batches whose examples are sorted by length together: little padding, and still a random order of steps."""
@@ -111,7 +111,7 @@ class RankBatches(Sampler[list[tuple[int, int]]]):
                 yield [(self.current_epoch, int(example)) for example in share]
 
 
-class TaskDataset(Dataset[dict[str, torch.Tensor]]):
+class TaskDataset(Dataset[dict[str, Any]]):
     """A task as the DataLoader wants it: a list of (epoch, example) in, one finished batch out.
 
     Args:
@@ -124,13 +124,13 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.task.lengths)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
         epoch = keys[0][0]
         batch = self.task.batch(epoch, np.array([example for _, example in keys], dtype=np.int64))
         return as_tensors(batch if self.packing is None else self.packing.pack(batch))
 
 
-class EpochDataLoader(DataLoader[dict[str, torch.Tensor]]):
+class EpochDataLoader(DataLoader[dict[str, Any]]):
     """A DataLoader that tells its batch sampler which epoch it is. accelerate must not shard it again."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -138,9 +138,16 @@ class EpochDataLoader(DataLoader[dict[str, torch.Tensor]]):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """numpy → torch, without a copy."""
-    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
+def as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """numpy → torch, without a copy, of arrays and tuples of arrays."""
+
+    def tensor(values: IntArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    return {
+        name: tuple(map(tensor, values)) if isinstance(values, tuple) else tensor(values)
+        for name, values in batch.items()
+    }
 
 
 def _whole(batch: Any) -> Any:
@@ -156,21 +163,21 @@ def _follow(worker: int) -> None:
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux; elsewhere torch does nothing
 
 
-def heaviest_batch(task: Task, size: int, *, seed: int, shares: int, packed: bool) -> dict[str, torch.Tensor]:
+def heaviest_batch(task: Task, size: int, *, seed: int, shares: int, packed: bool, classes: int = 1) -> dict[str, Any]:
     """A micro-batch that takes as much memory as any: packed, all are alike; padded, it has the longest examples."""
     batches = GlobalBatches(task.lengths, size, seed=seed, shares=shares, alike=not packed)
     if packed:
-        return as_tensors(fixed_shapes(batches).pack(task.batch(0, batches.share_out(batches.epoch(0)[0])[0])))
+        return as_tensors(fixed_shapes(batches, classes).pack(task.batch(0, batches.share_out(batches.epoch(0)[0])[0])))
     longest = np.argsort(-task.lengths, kind="stable")
     return as_tensors(task.batch(0, longest[: -(-size // shares)]))
 
 
-def fixed_shapes(batches: GlobalBatches) -> Packing:
-    """Shapes that the shares of all batches have, as far as a sample of the first epoch tells."""
+def fixed_shapes(batches: GlobalBatches, classes: int = 1) -> Packing:
+    """Shapes that the shares of all batches have, as far as a sample of the first epoch tells; see `Packing.fitting`."""
     epoch = batches.epoch(0)
     count = max(FEWEST_SAMPLED, SAMPLED_EXAMPLES * batches.shares // len(epoch[0]))
     sample = [epoch[step] for step in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int)]
-    return Packing.fitting(batches.lengths[batches.share_out(batch)[0]] for batch in sample)
+    return Packing.fitting((batches.lengths[batches.share_out(batch)[0]] for batch in sample), most_classes=classes)
 
 
 def train_loader(
@@ -182,14 +189,15 @@ def train_loader(
     world_size: int,
     seed: int,
     packed: bool,
+    classes: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> EpochDataLoader:
-    """This process's micro-batches of the task's global batches, packed or padded."""
+    """This process's micro-batches of the task's global batches, packed (in so many classes of length) or padded."""
     shares = world_size * accumulation
     batches = GlobalBatches(task.lengths, global_batch_size, seed=seed, shares=shares, alike=not packed)
     return EpochDataLoader(
-        TaskDataset(task, fixed_shapes(batches) if packed else None),
+        TaskDataset(task, fixed_shapes(batches, classes) if packed else None),
         batch_sampler=RankBatches(batches, rank=rank, world_size=world_size),
         collate_fn=_whole,
         worker_init_fn=_follow,

@@ -6,7 +6,9 @@ backward pass: each kernel keeps its inputs and computes the rest again where th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
@@ -128,16 +130,21 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = (bits[: x.numel()] >= round(p * STEPS) - STEPS // 2).view(x.shape)
-        ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - round(p * STEPS) / STEPS)
-        return (x * kept).mul_(ctx.scale)
+        bits = bits[: x.numel()].view(x.shape)
+        ctx.save_for_backward(bits)
+        ctx.dropped = round(p * STEPS)
+        return _kept(x, bits, ctx.dropped)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return (gradient * kept).mul_(ctx.scale), None
+        return _kept(gradient, ctx.saved_tensors[0], ctx.dropped), None
+
+
+def _kept(x: Tensor, bits: Tensor, dropped: int) -> Tensor:
+    """What random bits leave of `x`, scaled. A product with bools would convert them one by one, at five times the cost."""
+    kept = torch.ge(bits, dropped - STEPS // 2, out=torch.empty_like(bits, dtype=x.dtype))
+    return kept.mul_(x).mul_(1 / (1 - dropped / STEPS))
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -233,15 +240,27 @@ class PackedStates:
 
     Args:
         rows: `[rows, row length, d_model]`.
-        segments: where the tokens of each example are in the flattened rows, `[examples, longest]`; -1 beyond its end.
+        segments: where the tokens of each example are in the flattened rows, `[examples, longest]` for each class of
+            length; -1 beyond an example's end.
     """
 
     rows: Tensor
-    segments: Tensor
+    segments: tuple[Tensor, ...]
 
-    def of_examples(self, states: Tensor) -> Tensor:
-        """States `[rows, row length, width]` as `[examples, longest, width]`; beyond an example's end stand any."""
-        return states.flatten(0, 1)[self.segments.clamp(min=0)]
+    def of_examples(self, states: Tensor) -> list[Tensor]:
+        """States `[rows, row length, width]` as `[examples, longest, width]` a class; beyond an example's end stand any."""
+        flat = states.flatten(0, 1)
+        return [flat[segment.clamp(min=0)] for segment in self.segments]
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """Of the examples, as `of_examples`: one gradient of them for all layers."""
+        return self.of_examples(self.rows)
+
+    @cached_property
+    def masks(self) -> list[Tensor]:
+        """Which of them there are, `[examples, 1, 1, longest]` a class."""
+        return [(segment >= 0)[:, None, None] for segment in self.segments]
 
 
 def _cross_attention(
@@ -259,7 +278,7 @@ def _cross_attention(
     Args:
         mask: which states a query sees, `[examples, 1, prompt, tokens]`.
         key_value_states: `[examples, tokens, d_model]`.
-        packed: the same states where several examples share a row.
+        packed: stands for both of them where several examples share a row.
     """
     if past_key_values is not None or mask is None or mask.dtype != torch.bool or key_value_states is None:
         stock: tuple[Tensor, Tensor | None, None] = type(self).forward(
@@ -268,25 +287,32 @@ def _cross_attention(
         return stock
     query = self.q(hidden_states).view(*hidden_states.shape[:2], self.n_heads, -1)
     dropout = self.dropout if self.training else 0.0
+    masks = [mask] if packed is None else packed.masks
     key, value = _factors(self.k), _factors(self.v)
     if key is not None and value is not None:
-        if (
-            query.is_cuda and torch.is_grad_enabled()
-        ):  # what it keeps is computed again: it would be most of a step's memory
-            found = checkpoint(_absorbed, query, key_value_states, mask, key, value, dropout, use_reentrant=False)
+        states = [key_value_states] if packed is None else packed.states
+        if query.is_cuda and torch.is_grad_enabled():
+            # What it keeps is computed again: it would be most of a step's memory.
+            found = checkpoint(_absorbed, query, states, masks, key, value, dropout, use_reentrant=False)
         else:
-            found = _absorbed(query, key_value_states, mask, key, value, dropout)
+            found = _absorbed(query, states, masks, key, value, dropout)
     else:
         keys, values = (
-            part(key_value_states) if packed is None else packed.of_examples(part(packed.rows))
+            [part(key_value_states)] if packed is None else packed.of_examples(part(packed.rows))
             for part in (self.k, self.v)
         )
-        shape = (*keys.shape[:2], self.n_heads, -1)
-        found = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2),
-            attn_mask=mask, dropout_p=dropout, scale=1.0,
-        ).transpose(1, 2)  # fmt: skip
+        queries = query.split([len(mask) for mask in masks])
+        found = torch.cat([_attention(*each, dropout) for each in zip(queries, keys, values, masks, strict=True)])
     return self.o(found.flatten(2)), position_bias, None
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """T5's attention, `[examples, prompt, heads, size]`, over keys and values `[examples, tokens, heads × size]`."""
+    shape = (*keys.shape[:2], query.shape[2], -1)
+    return F.scaled_dot_product_attention(
+        query.transpose(1, 2), keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2),
+        attn_mask=mask, dropout_p=dropout, scale=1.0,
+    ).transpose(1, 2)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -335,14 +361,16 @@ def _factors(linear: nn.Module) -> Factors | None:
     )
 
 
-def _absorbed(query: Tensor, states: Tensor, mask: Tensor, key: Factors, value: Factors, dropout: float) -> Tensor:
+def _absorbed(
+    query: Tensor, states: Sequence[Tensor], masks: Sequence[Tensor], key: Factors, value: Factors, dropout: float
+) -> Tensor:
     """Attention without keys and values: with few queries to many states the matrices are cheaper on the queries' side.
 
     q · (W h) = (Wᵀ q) · h before the softmax, and Σ a (W h) = W (Σ a h) after it.
 
     Args:
         query: `[examples, prompt, heads, size]`.
-        states: `[examples, tokens, d_model]`.
+        states, masks: `[examples, tokens, d_model]` and which of them a query sees, of one class of examples after another.
 
     Returns:
         `[examples, prompt, heads, size]`.
@@ -350,8 +378,11 @@ def _absorbed(query: Tensor, states: Tensor, mask: Tensor, key: Factors, value: 
     examples, prompt, heads, size = query.shape
     by_head = query.view(-1, heads, size).transpose(0, 1)
     wanted = key.to_states(by_head).transpose(0, 1).reshape(examples, prompt * heads, -1)
-    scores = torch.bmm(wanted, states.transpose(1, 2)).view(examples, prompt, heads, -1)
-    scores = scores.masked_fill(~mask.transpose(1, 2), torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(dim=-1), dropout).view(examples, prompt * heads, -1).to(states.dtype)
-    seen = torch.bmm(weights, states).view(examples * prompt, heads, -1).transpose(0, 1)
-    return value.of_states(seen).transpose(0, 1).reshape(examples, prompt, heads, size)
+    seen = []
+    for each, known, mask in zip(wanted.split([len(mask) for mask in masks]), states, masks, strict=True):
+        scores = torch.bmm(each, known.transpose(1, 2)).view(len(mask), prompt, heads, -1)
+        scores = scores.masked_fill(~mask.transpose(1, 2), torch.finfo(scores.dtype).min)
+        weights = F.dropout(scores.softmax(dim=-1), dropout).flatten(1, 2).to(known.dtype)
+        seen.append(torch.bmm(weights, known))
+    by_head = torch.cat(seen).view(examples * prompt, heads, -1).transpose(0, 1)
+    return value.of_states(by_head).transpose(0, 1).reshape(examples, prompt, heads, size)

@@ -463,8 +463,8 @@ def activations(shape: Shape, run: Run) -> Activations:
     relative = shape.family == "t5"  # positions are a bias of the scores
     act = BF16 if run.bf16 else FP32
     residual = FP32 if full else act  # under autocast fp32 weights keep the residual stream in fp32
-    # Of dropout: native_dropout keeps bool on a GPU, `kernels` too, the CPU's own keeps its factors.
-    mask = 1 if quick or not run.cpu else act
+    # Of dropout: native_dropout keeps bool on a GPU, `kernels` random bits on a CPU, the CPU's own its factors.
+    mask = 1 if not run.cpu else 2 if quick else act
     targets = () if full else lora_targets(shape, run)
 
     def dropped(width: int, probability: float) -> float:
@@ -480,7 +480,7 @@ def activations(shape: Shape, run: Run) -> Activations:
 
     # Autocast casts, and LoRA's dropout draws, for each linear layer anew.
     alone = run.bf16 or bool(targets and run.lora_dropout)
-    noise = (1 if run.kernels or not run.cpu else FP32) if targets and run.lora_dropout else 0
+    noise = (1 if not run.cpu else 2 if run.kernels else FP32) if targets and run.lora_dropout else 0
 
     def read_by(*names: str, layers: int = 1) -> float:
         """Of a token that linear layers read, in as many blocks: inputs of the trained ones, those of LoRA's A and B."""
@@ -498,7 +498,9 @@ def activations(shape: Shape, run: Run) -> Activations:
         if not quick:
             return attention(tokens, tokens, length, masks=heads if relative else 1, bias=full and relative)
         if run.cpu:
-            scores = (2 * act + 1 if shape.attention_dropout else act) * heads * length  # softmax, mask, what is left
+            scores = (
+                (2 * act + mask if shape.attention_dropout else act) * heads * length
+            )  # softmax, mask, what is left
             return (3 * act * inner + scores + read_by(out)) * tokens
         return attention(tokens, tokens, length, masks=0)
 

@@ -154,7 +154,7 @@ class GenRecBackbone(PreTrainedModel):
         attention_mask: Tensor,
         decoder_input_ids: Tensor,
         labels: Tensor | None = None,
-        segments: Tensor | None = None,
+        segments: tuple[Tensor, ...] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **unused_by_peft: None,
     ) -> Seq2SeqLMOutput:
@@ -165,8 +165,8 @@ class GenRecBackbone(PreTrainedModel):
             decoder_input_ids: prompts, `[examples, prompt]`, or `[examples, targets, prompt]` where an example has several
                 targets.
             labels: item indices (not token ids), `[examples]` or `[examples, targets]`; those of -100 are left out.
-            segments: where the tokens of each example are in packed rows, `[examples, longest]`, see `Packing.pack`; None
-                where each row is an example.
+            segments: where the tokens of each example are in packed rows, `[examples, longest]` for each class of length,
+                see `Packing.pack`; None where each row is an example.
             num_items_in_batch: targets of the whole global batch; by default those given here.
 
         Returns:
@@ -181,7 +181,7 @@ class GenRecBackbone(PreTrainedModel):
             if segments is None:
                 firsts, owners = input_ids[:, 0], examples.repeat_interleave(input_ids.shape[1])
             else:
-                firsts = input_ids.flatten()[segments[:, 0].clamp(min=0)]
+                firsts = input_ids.flatten()[torch.cat([segment[:, 0] for segment in segments]).clamp(min=0)]
                 owners = (attention_mask - 1).clamp(min=0).flatten()
             owners = torch.cat([owners, examples.repeat_interleave(decoder_input_ids[0].numel())])
             users = self.first_users(firsts)[owners]
@@ -202,7 +202,7 @@ class GenRecBackbone(PreTrainedModel):
 
 
 def last_hidden(
-    model: Any, inputs: Tensor, attention_mask: Tensor, prompts: Tensor, segments: Tensor | None = None
+    model: Any, inputs: Tensor, attention_mask: Tensor, prompts: Tensor, segments: tuple[Tensor, ...] | None = None
 ) -> Tensor:
     """The decoder's state at the end of every prompt, `[examples × targets, d_model]`: one pass, however rows are laid out.
 
@@ -210,15 +210,15 @@ def last_hidden(
         model: a seq2seq model with attention of type "sdpa".
         inputs: embeddings of the encoder's input, `[rows, tokens, d_model]`.
         prompts: embeddings of the decoder prompts, `[examples, prompt, d_model]` or `[examples, targets, prompt, d_model]`.
-        attention_mask, segments: see `GenRecBackbone.forward`.
+        attention_mask, segments: see `GenRecBackbone.forward`; more than one class needs layers that `quicken` has seen.
     """
-    if segments is None:
-        own = known = attention_mask.bool()[:, None, None]
-    else:
-        own = attention_mask[:, None, :, None] == attention_mask[:, None, None, :]
-        known = (segments >= 0)[:, None, None]
-    encoded = model.get_encoder()(inputs_embeds=inputs, attention_mask=own).last_hidden_state
-    packed = None if segments is None else PackedStates(encoded, segments)
+    whose = attention_mask
+    own = whose.bool()[:, None, None] if segments is None else whose[:, None, :, None] == whose[:, None, None, :]
+    encoded = states = model.get_encoder()(inputs_embeds=inputs, attention_mask=own).last_hidden_state
+    known, packed = own, {}
+    if segments is not None:
+        packed["packed"] = every = PackedStates(encoded, segments)
+        states, known = every.states[0], every.masks[0]  # all, where there is one class
     length = prompts.shape[-2]
     prompts = prompts.flatten(1, -2)
     place = torch.arange(prompts.shape[1], device=prompts.device)
@@ -227,10 +227,10 @@ def last_hidden(
     decoded = model.get_decoder()(
         inputs_embeds=prompts,
         attention_mask=before[None, None].expand(len(prompts), -1, -1, -1),
-        encoder_hidden_states=encoded if packed is None else packed.of_examples(encoded),
+        encoder_hidden_states=states,
         encoder_attention_mask=known.expand(-1, -1, len(place), -1),
         use_cache=False,
-        **({} if packed is None else {"packed": packed}),
+        **packed,
     )
     hidden: Tensor = decoded.last_hidden_state[:, length - 1 :: length]
     return hidden.flatten(0, 1)

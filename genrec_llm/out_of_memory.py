@@ -67,6 +67,7 @@ def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArgum
             seed=args.seed,
             shares=args.world_size * accumulation,
             packed=args.packing and unwrapped(model).packs,
+            classes=args.length_classes,
         )
         if all(gather_object([_fits(model, heaviest, args)])):
             return accumulation

@@ -6,8 +6,10 @@ token is), and a row's position differences within an example are the example's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -56,21 +58,20 @@ class Packing:
     Args:
         row_length: tokens of a row.
         rows: of a batch; a batch that they do not hold has more.
-        examples: places for examples in a batch.
-        longest: tokens of the longest example.
+        classes: examples of like length, the longest first: how many there are, and tokens of the longest of them.
     """
 
     row_length: int
     rows: int
-    examples: int
-    longest: int
+    classes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def fitting(cls, batches: Iterable[IntArray]) -> Packing:
+    def fitting(cls, batches: Iterable[IntArray], *, most_classes: int = 1) -> Packing:
         """Shapes that hold all of some batches, with next to no padding.
 
         Args:
             batches: tokens of the examples of each, `[examples]`.
+            most_classes: of length.
         """
         known = list(batches)
         longest = max(int(lengths.max()) for lengths in known)
@@ -81,16 +82,19 @@ class Packing:
         fewest = min(length * count for length, count in rows.items())
         good = [length for length, count in rows.items() if length * count <= TOLERANCE * fewest]
         row_length = min(good, key=lambda length: (length % MULTIPLE > 0, length))
-        return cls(row_length, rows[row_length], max(map(len, known)), longest)
+        return cls(row_length, rows[row_length], _classes(known, most_classes))
 
-    def pack(self, batch: Batch) -> Batch:
+    def pack(self, batch: Batch) -> dict[str, Any]:
         """Lay the rows of an encoded batch (see `PromptLayout.encode`) into packed ones.
 
         Returns:
             `input_ids` `[rows, row length]`; `attention_mask` of that shape: 1 + the example that a token belongs to, 0
-            where there is none; `segments` `[examples, longest]`: where the tokens of each example are in the flattened
-            rows, -1 beyond its end; `decoder_input_ids` and `labels` as they were. Places without an example have no label.
+            where there is none; `segments`, a tuple of `[examples, longest]` for each class: where the tokens of each
+            example are in the flattened rows, -1 beyond its end; `decoder_input_ids` and `labels` of the examples, now the
+            longest first. Places without an example have no label.
         """
+        longest_first = np.argsort(-batch["attention_mask"].sum(axis=1), kind="stable")
+        batch = {name: values[longest_first] for name, values in batch.items()}
         inside = batch["attention_mask"] > 0
         lengths = inside.sum(axis=1)
         row, rows = best_fit(lengths, self.row_length, self.rows)
@@ -106,18 +110,40 @@ class Packing:
         owner = np.zeros_like(input_ids)
         input_ids[places[inside]] = batch["input_ids"][inside]
         owner[places[inside]] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        missing = max(0, self.examples - len(lengths))
-        segments = np.full((len(lengths) + missing, max(self.longest, inside.shape[1])), -1)
-        segments[: len(lengths), : inside.shape[1]] = np.where(inside, places, -1)
+        missing = max(0, sum(examples for examples, _ in self.classes) - len(lengths))
+        lengths = np.concatenate([lengths, np.zeros(missing, dtype=lengths.dtype)])
+        places = _lengthened(np.where(inside, places, -1), missing, -1)
+        segments, begin = [], 0
+        for number, (examples, longest) in enumerate(self.classes):
+            end = begin + examples if number + 1 < len(self.classes) else len(lengths)
+            width = max(longest, int(lengths[begin]))
+            segment = np.full((end - begin, width), -1)
+            segment[:, : places.shape[1]] = places[begin:end, :width]
+            segments.append(segment)
+            begin = end
         packed = batch | {
             "input_ids": input_ids.reshape(rows, self.row_length),
             "attention_mask": owner.reshape(rows, self.row_length),
-            "segments": segments,
+            "segments": tuple(segments),
         }
         packed["decoder_input_ids"] = _lengthened(batch["decoder_input_ids"], missing, batch["input_ids"].min())
         if "labels" in batch:
             packed["labels"] = _lengthened(batch["labels"], missing, IGNORED)
         return packed
+
+
+def _classes(batches: Sequence[IntArray], most: int) -> tuple[tuple[int, int], ...]:
+    """Classes of length that hold all batches with the fewest places in all, as few as do it."""
+    examples = max(map(len, batches))
+    longest = np.max([np.pad(np.sort(lengths)[::-1], (0, examples - len(lengths))) for lengths in batches], axis=0)
+    steps = np.flatnonzero(np.diff(longest)) + 1  # a class begins where the length changes
+
+    def shapes(begins: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        edges = (0, *begins, examples)
+        return tuple((end - begin, int(longest[begin])) for begin, end in pairwise(edges))
+
+    ways = (begins for count in range(most) for begins in combinations(steps.tolist(), count))
+    return min(map(shapes, ways), key=lambda classes: sum(examples * length for examples, length in classes))
 
 
 def _lengthened(values: IntArray, missing: int, value: int) -> IntArray:

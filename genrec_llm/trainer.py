@@ -106,6 +106,7 @@ class GenRecTrainer(Seq2SeqTrainer):
             world_size=self.args.world_size,
             seed=self.args.seed,
             packed=self.packed,
+            classes=self.args.length_classes,
             workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )

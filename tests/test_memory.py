@@ -163,7 +163,7 @@ def packed_batch(shape: Shape, run: Run) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     if packs(shape, run):
         rows, length = encoder_rows(shape, run)
-        batch = Packing(length, rows, run.examples, run.longest).pack(batch)
+        batch = Packing(length, rows, ((run.examples, run.longest),)).pack(batch)
     return as_tensors(batch)
 
 

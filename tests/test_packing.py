@@ -38,7 +38,7 @@ def test_real_like_lengths_leave_next_to_no_padding() -> None:
     lengths = lengths_of(1024)
     shapes = Packing.fitting([lengths])
     assert shapes.rows * shapes.row_length < 1.02 * lengths.sum()
-    assert shapes.row_length % MULTIPLE == 0 and shapes.row_length >= lengths.max() == shapes.longest
+    assert shapes.row_length % MULTIPLE == 0 and shapes.row_length >= lengths.max() == shapes.classes[0][1]
     few = Packing.fitting(
         [lengths_of(64, seed) for seed in range(8)]
     )  # where a row more or less is much, any length goes
@@ -58,15 +58,33 @@ def test_the_fullest_row_with_room_is_taken_and_rows_that_are_there_stay() -> No
     assert best_fit(np.array([8, 9, 7]), 10, 2)[1] == 3  # more where two do not hold them
 
 
+def test_classes_of_length_leave_fewer_places_and_hold_every_batch() -> None:
+    batches = [lengths_of(64, seed) for seed in range(8)]
+    one, three = (Packing.fitting(batches, most_classes=most).classes for most in (1, 3))
+    assert one == ((64, max(int(lengths.max()) for lengths in batches)),)
+    assert len(three) == 3 and sum(examples for examples, _ in three) == 64
+    assert sum(examples * longest for examples, longest in three) < 0.5 * 64 * one[0][1]
+    for lengths in batches:
+        begin, ordered = 0, np.sort(lengths)[::-1]
+        for examples, longest in three:
+            assert ordered[begin] <= longest
+            begin += examples
+    assert Packing.fitting([np.full(9, 5)], most_classes=3).classes == ((9, 5),)  # nothing to tell apart
+
+
 def test_packed_rows_are_taken_apart_into_what_went_in() -> None:
     task = sampled_tasks(layout_of(user_token=True))[0]
     batch = task.batch(0, np.arange(len(task.lengths)))
-    shapes = Packing(row_length=24, rows=70, examples=len(task.lengths) + 3, longest=12)
+    examples = len(task.lengths)
+    shapes = Packing(row_length=24, rows=70, classes=((7, 12), (examples - 4, 9)))
     packed = shapes.pack(batch)
+    order = np.argsort(-task.lengths, kind="stable")
+    batch = {name: values[order] for name, values in batch.items()}
+    assert task.lengths[order[7]] == 11  # longer than the second class is by itself
     assert packed["input_ids"].shape == packed["attention_mask"].shape == (70, 24)
-    assert packed["segments"].shape == (len(task.lengths) + 3, 12)
+    assert [segment.shape for segment in packed["segments"]] == [(7, 12), (examples - 4, 11)]
     flat, owner = packed["input_ids"].ravel(), packed["attention_mask"].ravel()
-    for example, places in enumerate(packed["segments"]):
+    for example, places in enumerate([places for segment in packed["segments"] for places in segment]):
         places = places[places >= 0]
         if example >= len(task.lengths):
             assert not len(places) and packed["labels"][example] == IGNORED
@@ -140,8 +158,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(
         expected = loss_and_gradients(model, as_tensors(batch))
         for shapes in (
             Packing.fitting([task.lengths]),
-            Packing(11, 40, len(task.lengths) + 2, 11),
-            Packing(96, 1, 1, 1),
+            Packing(11, 40, ((len(task.lengths) + 2, 11),)),
+            Packing(96, 1, ((1, 1),)),
         ):
             found = loss_and_gradients(model, as_tensors(shapes.pack(batch)))
             assert found.keys() == expected.keys() and len(found) > 20
@@ -160,8 +178,9 @@ def test_an_example_does_not_notice_what_else_is_in_its_row(tmp_path: Path) -> N
     for beside in (others, others[::-1], [np.array([20, 21])] * 2):
         batch = layout.encode_histories([*ours, *beside], np.array([1, 2, 3, 4]))
         with torch.no_grad():
-            packed = as_tensors(Packing(32, 1, 4, 8).pack(batch))
+            packed = as_tensors(Packing(32, 1, ((4, 8),)).pack(batch))
             assert len(packed["input_ids"]) == 1  # all four in one row
-            scores.append(model(**packed).logits[:2])
+            order = np.argsort(-batch["attention_mask"].sum(axis=1), kind="stable")
+            scores.append(model(**packed).logits[[int(np.flatnonzero(order == example)[0]) for example in (0, 1)]])
     torch.testing.assert_close(scores[1], scores[0])
     torch.testing.assert_close(scores[2], scores[0])
