@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from genrec_llm.errors import ConfigError, GenRecError
+from genrec_llm.files import writing
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -122,6 +128,41 @@ class Processes:
         results = dict(pair for pairs in self.gather(list(zip(mine, done, strict=True))) for pair in pairs)
         return [results[place] for place in range(len(parts))]
 
+    def once_a_node(
+        self, make: Callable[[], Result], save: Callable[[Result, Path], None], open: Callable[[Path], Result]
+    ) -> Result:
+        """What the first process of each node makes and saves, opened by all processes of the node.
+
+        The folder that it goes through is the node's own (`TMPDIR`), closed to other users, and gone before this
+        returns: what stays mapped lives on without a name.
+
+        Args:
+            make: called by one process a node; the only one of a launch where there is one.
+            save: writes it into an empty folder.
+            open: reads it from there.
+
+        Raises:
+            GenRecError: as `step` does.
+            ExportError: the folder cannot be written.
+        """
+        if self.count == 1:
+            return make()
+        maker = os.environ.get("LOCAL_RANK", "0") == "0"
+        with self.step():
+            made = make() if maker else None
+        with ExitStack() as stack:
+            folder: Path | None = None
+            with self.step():
+                if maker:
+                    with writing(f"the temporary folder (TMPDIR={os.environ.get('TMPDIR', '')})"):
+                        folder = stack.enter_context(_own_folder())
+                        save(made, folder)  # type: ignore[arg-type]  # a maker has made it
+                    made = None
+            # Launchers number the processes node by node, the maker of each first.
+            folders = [each for each in self.gather(folder)[: self.index + 1] if each]
+            with self.step():
+                return open(folders[-1])
+
     def _share(self, parts: int) -> list[int]:
         turn, place = np.divmod(np.arange(parts), self.count)
         owner = np.where(turn % 2 == 0, place, self.count - 1 - place)
@@ -160,6 +201,28 @@ def launched(*, use_cpu: bool = False) -> Processes:
         atexit.register(dist.destroy_process_group)
     index = dist.get_rank() if count > 1 else 0
     return Processes(index, count, device, threads=1 if gpus else torch.get_num_threads())
+
+
+def joined() -> Processes:
+    """The processes of the group that training arguments have made, for work on the CPU; this one alone without a group."""
+    if not dist.is_initialized():
+        return ALONE
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A temporary folder that this user alone can read; gone at the end, which SIGTERM (of a launcher) brings as well."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with tempfile.TemporaryDirectory(prefix="genrec-") as folder:
+            yield Path(folder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_threads(work: Callable[[Part], Result], parts: Sequence[Part], threads: int) -> Iterator[Result]:

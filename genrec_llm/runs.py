@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
@@ -60,15 +62,18 @@ from genrec_llm.model import (
 )
 from genrec_llm.out_of_memory import explained
 from genrec_llm.privacy import redacted
+from genrec_llm.processes import ALONE, Processes
 from genrec_llm.rows import initial_rows
 from genrec_llm.sources import SOURCES, load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
 from genrec_llm.trainer import GenRecTrainer
-from genrec_llm.vocab import IdVocab
+from genrec_llm.vocab import ITEMS_FILE, USERS_FILE, IdVocab
 from genrec_llm.world import agree, from_first
 
 logger = logging.getLogger(__name__)
 RUN_FILE, LOG_FILE = "run.json", "log_history.json"
+SEQUENCES_FILE = "sequences.arrow"
+HELD_OUT = ("validation", "test")
 MODEL_SHAPE = (
     "backbone",
     "backbone_init",
@@ -130,9 +135,52 @@ class Data:
             max_history=self.max_history,
         )
 
+    def save(self, folder: Path) -> None:
+        """Write it into a folder, for `open`. Raw user ids are among it: the folder has to stay home."""
+        columns = {"user": pa.array(self.train.users)}
+        for name, part in {"train": self.train, **self.splits}.items():
+            columns[name] = pa.LargeListArray.from_arrays(part.offsets, part.items)
+        columns |= {f"{name} target": pa.array(targets) for name, targets in self.targets.items()}
+        facts = {"name": self.name, "fingerprint": self.fingerprint, "max_history": self.max_history}
+        # Neither compressed nor in several batches: what is read is what is mapped.
+        batch = pa.record_batch(columns).replace_schema_metadata({b"genrec": json.dumps(facts).encode()})
+        with pa.ipc.new_file(str(folder / SEQUENCES_FILE), batch.schema) as file:
+            file.write_batch(batch)
+        self.vocab.save_items(folder / ITEMS_FILE)
+        self.vocab.save_users(folder / USERS_FILE)
 
-def load_data(args: DataArguments) -> Data:
-    """Read, split and encode the interactions that the arguments name; the same arguments give the same ids."""
+    @classmethod
+    def open(cls, folder: Path) -> Data:
+        """Map what `save` wrote: arrays are read-only views of the file's pages, which all processes share.
+
+        The folder may go; the pages stay until the last process that maps them ends (on a POSIX system).
+        """
+        batch = pa.ipc.open_file(pa.memory_map(str(folder / SEQUENCES_FILE))).get_batch(0)
+        users = batch["user"].to_numpy()
+
+        def sequences(name: str) -> Sequences:
+            lists = batch[name]
+            return Sequences(lists.values.to_numpy(), lists.offsets.to_numpy(), users)
+
+        return cls(
+            **json.loads(batch.schema.metadata[b"genrec"]),
+            vocab=IdVocab.load(folder),
+            train=sequences("train"),
+            splits={name: sequences(name) for name in HELD_OUT},
+            targets={name: batch[f"{name} target"].to_numpy() for name in HELD_OUT},
+        )
+
+
+def load_data(args: DataArguments, processes: Processes = ALONE) -> Data:
+    """Read, split and encode the interactions that the arguments name; the same arguments give the same ids.
+
+    Args:
+        processes: all of which call this. One a node reads; the others map what it has found.
+    """
+    return processes.once_a_node(lambda: _read_data(args), Data.save, Data.open)
+
+
+def _read_data(args: DataArguments) -> Data:
     interactions: Interactions = load_interactions(
         args.dataset,
         data_dir=args.data_dir,
@@ -151,14 +199,13 @@ def load_data(args: DataArguments) -> Data:
         user_mode=args.users,  # type: ignore[arg-type]  # its __post_init__ has checked it
         user_buckets=args.user_buckets,
     )
-    held_out = ("validation", "test")
     return Data(
         name=interactions.name,
         fingerprint=interactions.fingerprint(),
         vocab=vocab,
         train=Sequences.encode(splits["train"], vocab, "items"),
-        splits={name: Sequences.encode(splits[name], vocab, "history") for name in held_out},
-        targets={name: vocab.encode_items(splits[name]["target"]) for name in held_out},
+        splits={name: Sequences.encode(splits[name], vocab, "history") for name in HELD_OUT},
+        targets={name: vocab.encode_items(splits[name]["target"]) for name in HELD_OUT},
         max_history=args.max_history,
     )
 
@@ -432,8 +479,8 @@ class RunDirectory:
                 flush=True,
             )
             write_json(self.path / RUN_FILE, self.facts)
-            self.data.vocab.save_items(self.path / "items.parquet")
-            self.data.vocab.save_users(self.path / "users.parquet")
+            self.data.vocab.save_items(self.path / ITEMS_FILE)
+            self.data.vocab.save_users(self.path / USERS_FILE)
         clock, stages = TrainingClock(), self._earlier_stages()
         trainer.add_callback(clock)
         if resumed and self.training.early_stopping_patience:
@@ -614,20 +661,25 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
         )
 
 
-def load_run_data(run: Path, *, data_dir: str | None = None) -> Data:
+def load_run_data(run: Path, *, data_dir: str | None = None, processes: Processes = ALONE) -> Data:
     """The data set of a run, read again from where it was.
 
     Args:
         data_dir: where its folder is now, when it has moved.
+        processes: as for `load_data`.
 
     Raises:
         ConfigError: not a run directory, or the files are no longer those that it was trained on.
     """
+    return processes.once_a_node(lambda: _read_run_data(run, data_dir), Data.save, Data.open)
+
+
+def _read_run_data(run: Path, data_dir: str | None) -> Data:
     if not (run / RUN_FILE).is_file():
         raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning")
     facts = read_json(run / RUN_FILE)
     arguments = facts["arguments"]["data"] | ({"data_dir": data_dir} if data_dir else {})
-    data = load_data(DataArguments(**arguments))
+    data = _read_data(DataArguments(**arguments))
     problems = [
         f"{run}: its data had {key} {facts['data'][key][:12]}, {arguments['dataset']} now has {getattr(data, key)[:12]}"
         for key in ("fingerprint", "vocabulary")

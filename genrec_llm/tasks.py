@@ -337,27 +337,28 @@ class NextItem:
         user_dropout: float = 0.1,
     ) -> None:
         self.sequences, self.layout, self.seed, self.user_dropout = sequences, layout, seed, user_dropout
-        counts = np.maximum(sequences.lengths() - 1, 0)
-        self.owners = np.repeat(np.arange(len(sequences)), counts)
-        # Position of each example's target within its own sequence: 1, 2, … length - 1.
-        ends = np.arange(len(self.owners)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
-        if targets == "last":
-            final = np.flatnonzero(ends == counts[self.owners])
-            self.owners, ends = self.owners[final], ends[final]
-        if not len(self.owners):
+        # Targets stand at the positions 1, 2, … of a sequence. Which one an example has is looked up in arrays of users.
+        self.positions = np.maximum(sequences.lengths() - 1, 0)
+        examples = self.positions if targets == "all" else np.minimum(self.positions, 1)
+        self.ends = np.cumsum(examples)
+        if not self.ends.any():
             raise ConfigError("dataset: no user has two items in the training part, so there is no target: more data")
-        self.ends = ends
-        self.shown = np.minimum(ends, layout.max_history)
-        self.lengths = layout.tokens(self.shown, appended=True)
+        ends = np.repeat(self.positions - self.ends, examples) + np.arange(1, self.ends[-1] + 1)
+        self.lengths = layout.tokens(np.minimum(ends, layout.max_history), appended=True)
+
+    def _owners(self, examples: IntArray) -> IntArray:
+        return np.searchsorted(self.ends, examples, side="right")
 
     def user_rows(self, examples: IntArray) -> IntArray:
         """See `Task.user_rows`."""
-        return self.sequences.users[self.owners[examples]]
+        return self.sequences.users[self._owners(examples)]
 
     def batch(self, epoch: int, examples: IntArray) -> Batch:
         """See `Task.batch`."""
-        owner, lengths = self.owners[examples], self.shown[examples]
-        target = self.sequences.offsets[owner] + self.ends[examples]
+        owner = self._owners(examples)
+        end = self.positions[owner] - self.ends[owner] + examples + 1
+        lengths = np.minimum(end, self.layout.max_history)
+        target = self.sequences.offsets[owner] + end
         items = _gather(self.sequences, target - lengths, lengths)
         users = _drawn_users(self.sequences, owner, self.user_dropout, uniform(self.seed, epoch, examples, 1))
         encoded = self.layout.encode(items, lengths, users)

@@ -40,10 +40,11 @@ def main() -> None:
     run, facts = Path(args.run), provenance() | {"processes": processes.count}
     out = run / "evaluation" / (args.split + ("_seen-kept" if args.keep_seen else ""))
 
-    # Model and data, in every process
+    # Model and data, in every process; one a node reads the data
     with processes.step():
         recommender = Recommender.from_pretrained(run / MERGED, device=processes.device)
-        data = load_run_data(run, data_dir=args.data_dir)
+    data = load_run_data(run, data_dir=args.data_dir, processes=processes)
+    with processes.step():
         check_merged(run, recommender.loaded.info, data)
 
     # The test split is opened here and nowhere else

@@ -10,6 +10,7 @@ from transformers import set_seed
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments, parse_args
 from genrec_llm.errors import exits_cleanly
+from genrec_llm.processes import joined
 from genrec_llm.runs import RunDirectory, build_model, load_data
 from genrec_llm.tasks import MaskedItem
 from genrec_llm.trainer import GenRecTrainer
@@ -21,8 +22,7 @@ def main() -> None:
     set_seed(training_args.seed)
 
     # Data and vocabulary
-    with training_args.main_process_first(desc="reading the data"):
-        data = load_data(data_args)
+    data = load_data(data_args, joined())
     run = RunDirectory("pretrain", data, data_args, model_args, training_args)
 
     # Model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,39 @@ def test_every_block_has_the_same_batches_and_a_batch_by_length_has_less_padding
     assert tokens["b"] < 0.9 * tokens["a"]
 
 
+class Link:
+    """The other end of a Gate, which lets every block begin."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def recv(self) -> str:
+        return "go"
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("arm", ["b", "ours"])
+def test_a_step_that_waits_for_its_batch_is_told(arm: str, data: Data, tmp_path: Path) -> None:
+    trainer: Any = bench_train.trainer_of(job(arm, blocks=2), data, str(tmp_path))
+    loader, link = trainer.get_train_dataloader(), Link()
+    collate, pause = loader.collate_fn, 0.05
+
+    def slowly(batch: Any) -> Any:
+        time.sleep(pause)
+        return collate(batch)
+
+    loader.collate_fn = slowly
+    trainer.add_callback(bench_train.Gate(link, 24, trainer))
+    trainer.train()
+    slow = [block["seconds"] for block in link.sent]
+    assert len(slow) == 2 and all(3 * pause < block["waiting"] < block["wall"] for block in slow)
+    loader.collate_fn = collate
+    trainer.train()
+    assert min(block["seconds"]["waiting"] for block in link.sent[2:]) < 3 * pause
+
+
 # --- the top 20 -------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +292,7 @@ def test_arms_take_turns_as_processes_of_their_own_and_leave_a_table_and_a_pictu
     blocks = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("block")]
     assert blocks == ["(b) Seq2SeqTrainer + PEFT, batches by length", "ours, sparse_user_rows=true"] * 4
     rows = read_json(out)
-    assert [row["unit"] for row in rows] == ["CPU s an epoch", "wall s an epoch", MEMORY] * 2
+    assert [row["unit"] for row in rows] == ["CPU s an epoch", "wall s an epoch", "waiting s an epoch", MEMORY] * 2
     assert all(len(row["values"]) == (1 if row["unit"] == MEMORY else 3) for row in rows)
     assert all(row["ratio"] > 0 for row in rows if row["rival"])
     picture = tmp_path / "speed.png"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +27,7 @@ from genrec_llm.errors import ConfigError, DataError, GenRecError
 from genrec_llm.evaluation import EvalData, fitted_item_knn, rank_recommender, user_batches
 from genrec_llm.launch import training_command
 from genrec_llm.loading import load_trained
-from genrec_llm.processes import ALONE, Processes, launched
+from genrec_llm.processes import ALONE, Processes, _own_folder, launched
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import load_run_data
 
@@ -242,6 +245,141 @@ def test_intervals_do_not_depend_on_the_threads_of_the_matrix_library() -> None:
         for threads in ("1", "2", "3")
     }  # fmt: skip
     assert len(found) == 1
+
+
+# --- once a node ------------------------------------------------------------------------------------------------------
+
+
+NODES = """
+import json, os, sys
+from genrec_llm.errors import GenRecError
+from genrec_llm.processes import launched
+
+processes, how = launched(use_cpu=True), sys.argv[1]
+
+def save(made, folder):
+    (folder / "made").write_text(made)
+    assert folder.stat().st_mode & 0o077 == 0, "others can read it"
+
+def open(folder):
+    if how == "kill" and processes.index == 1:
+        os._exit(7)
+    return (folder / "made").read_text()
+
+def make():
+    return f"by process {processes.index}"
+
+try:
+    said = processes.once_a_node(make, save, open)
+except GenRecError as error:
+    said = error.problems[0]
+print(said, os.listdir(os.environ["TMPDIR"]) if how == "kill" or not any(processes.gather(None)) else None)
+"""
+
+
+def start(code: str, *words: object, ranks: list[int], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run a program in several processes with one group; `ranks` are their numbers on their nodes, node by node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "tmp").mkdir()
+    shared = tiny.environment() | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(ranks)), "TMPDIR": str(folder / "tmp")
+    }  # fmt: skip
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, words)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(local)}, **pipes,
+        )
+        for rank, local in enumerate(ranks)
+    ]  # fmt: skip
+    try:
+        ended = [(process, *process.communicate(timeout=60)) for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+    return [subprocess.CompletedProcess(process.args, process.returncode, *said) for process, *said in ended]
+
+
+def test_every_node_has_a_maker_and_all_processes_of_a_node_have_what_it_made(tmp_path: Path) -> None:
+    done = start(NODES, "live", ranks=[0, 1, 0], folder=tmp_path)
+    assert [each.returncode for each in done] == [0] * 3, [each.stderr for each in done]
+    assert [each.stdout for each in done] == [f"by process {maker} []\n" for maker in (0, 0, 2)]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_opens_leaves_nothing_behind_and_nobody_waiting(tmp_path: Path) -> None:
+    maker, killed = start(NODES, "kill", ranks=[0, 1], folder=tmp_path)
+    assert killed.returncode == 7
+    assert maker.stdout.startswith("launch: another process was ended from outside") and maker.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_takes_the_folder_away(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises((SystemExit, KeyboardInterrupt)), _own_folder() as folder:
+        (folder / "users").touch()
+        os.kill(os.getpid(), number)
+    assert not folder.exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+DATA = """
+import os, sys
+import numpy as np
+from pandas.testing import assert_frame_equal
+from genrec_llm import runs
+from genrec_llm.args import DataArguments
+from genrec_llm.errors import GenRecError
+from genrec_llm.processes import launched
+
+processes, (log, items, broken) = launched(use_cpu=True), sys.argv[1:]
+read, load = [], runs.load_interactions
+
+def counted(name, **options):
+    read.append(name)
+    return load(name, **options)
+
+runs.load_interactions = counted
+args = DataArguments(dataset=log, items_file=items, max_history=7)
+shared = runs.load_data(args, processes)
+assert read == ([log] if processes.first else []), read
+alone = runs.load_data(args)
+names = ("name", "fingerprint", "vocabulary", "max_history")
+assert [getattr(shared, name) for name in names] == [getattr(alone, name) for name in names]
+assert_frame_equal(shared.vocab.items, alone.vocab.items)
+assert shared.vocab.users == alone.vocab.users and shared.vocab.user_mode == alone.vocab.user_mode
+pairs = list(zip([shared.train, *shared.splits.values()], [alone.train, *alone.splits.values()], strict=True))
+arrays = [(getattr(ours, name), getattr(theirs, name)) for ours, theirs in pairs for name in ("items", "offsets", "users")]
+arrays += [(shared.targets[name], alone.targets[name]) for name in alone.targets]
+assert shared.targets.keys() == alone.targets.keys() and shared.splits.keys() == alone.splits.keys()
+for ours, theirs in arrays:
+    assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs) and not ours.flags.writeable
+mapped = sum("sequences.arrow (deleted)" in line for line in open("/proc/self/maps"))
+print(f"process {processes.index}: {len(shared.train)} users, {mapped} mapping", flush=True)
+processes.gather(None)
+try:
+    runs.load_data(DataArguments(dataset=broken, items_file=items), processes)
+except GenRecError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
+def test_one_process_reads_the_data_or_says_what_is_wrong_with_them_and_all_have_them(tmp_path: Path) -> None:
+    log, items, broken = (
+        tiny.save_log(tmp_path / "log.csv"),
+        tiny.save_items(tmp_path / "items.csv"),
+        tmp_path / "b.csv",
+    )
+    broken.write_text("user,item,timestamp\nann,i1,noon\n,i1,3\n")
+    done = start(DATA, log, items, broken, ranks=[0, 1], folder=tmp_path)
+    for rank, each in enumerate(done):
+        assert each.returncode == 0, each.stderr
+        first, *told = each.stdout.splitlines()
+        assert first == f"process {rank}: 40 users, 1 mapping"
+        assert len(told) == 2 and all(str(broken) in line for line in told), told
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 # --- joining a launch -------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ that they should and nothing else, and that those with the same objective have t
 A block is a fair sample of an epoch's batches, the same ones in each block: every arm's own sampler deals out the whole
 data, the batches are sorted by their padded tokens, and --steps of them are taken at equal distances. The block that does
 not count begins with the largest, so that peak memory is that of an epoch. With --epoch a block is a whole epoch. On a
-GPU, CUDA events stand in for CPU time and allocated for resident memory.
+GPU, CUDA events stand in for CPU time and allocated for resident memory. "Waiting" is the wall time of a step in `next()` of
+its loader.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -208,10 +210,30 @@ class Fixed:
 
 
 class OnSample(Seq2SeqTrainer):
-    """A Trainer whose every epoch is the same fair sample of its own first epoch's batches."""
+    """A Trainer whose every epoch is the same fair sample of its own first epoch's batches.
+
+    Attributes:
+        waited: seconds that its steps have spent in `next()` of the loader.
+    """
 
     steps = 0
     loader: Any = None
+    waited = 0.0
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
+        """Of the Trainer that this is mixed into, with a look at the clock around each batch."""
+        return super().get_batch_samples(self._watched(epoch_iterator), *args)
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            begun = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - begun
+            yield batch
 
     def get_train_dataloader(self) -> Any:
         """Of the Trainer that this is mixed into, or the sample of its batches; made once."""
@@ -512,17 +534,18 @@ def refuse(checks: dict[str, dict[str, Any]], *, bf16: bool) -> None:
 class Gate(TrainerCallback):
     """Waits for the word before each block and reports what it took."""
 
-    def __init__(self, link: Connection, examples: int, sample: Any) -> None:
-        self.link, self.examples, self.sample = link, examples, sample
+    def __init__(self, link: Connection, examples: int, trainer: Any) -> None:
+        self.link, self.examples, self.trainer = link, examples, trainer
         self.meter = Meter(torch.cuda.is_available())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.link.recv()
-        self.sample.warming = state.global_step == 0
+        self.trainer.get_train_dataloader().batch_sampler.warming = state.global_step == 0
+        self.trainer.waited = 0.0
         self.meter.start()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        taken = self.meter.stop()
+        taken = self.meter.stop() | {"waiting": self.trainer.waited}
         self.link.send({"seconds": taken, "examples": self.examples, "peak": peak_bytes(self.meter.cuda)})
 
 
@@ -539,7 +562,7 @@ def work(link: Connection, job: Job, folder: str, checking: bool) -> None:
         return
     sample = trainer.get_train_dataloader().batch_sampler
     examples = sum(map(len, sample)) if job.steps else len(trainer.get_train_dataloader().dataset)
-    trainer.add_callback(Gate(link, examples, sample))
+    trainer.add_callback(Gate(link, examples, trainer))
     link.send({"examples": examples, "representative": getattr(sample, "representative", 1.0)})
     trainer.train()
 
