@@ -62,9 +62,9 @@ class Bench:
     data: EvalData
 
     @classmethod
-    def build(cls, shape: str, data: Data, users: int) -> Bench:
-        """A model with random weights of a shape, and a fixed sample of validation users."""
-        model = resized(RivalT5, SHAPES[shape], data).eval()
+    def build(cls, shape: str, data: Data, users: int, *, dtype: torch.dtype | None = None) -> Bench:
+        """A model with random weights of a shape (bf16 on a GPU unless told), and a fixed sample of validation users."""
+        model = resized(RivalT5, SHAPES[shape], data).to(dtype=dtype).eval()
         layout = SHAPES[shape].layout(data)
         model.generation_config = generation_config(layout)
         loaded = Loaded(model, None, data.vocab, layout, {"kind": MERGED})  # type: ignore[arg-type]  # no text is read

@@ -123,6 +123,10 @@ class Shape:
 
 BARE_MASKS = tuple(range(3, 103))
 SHAPES = {
+    "flan-t5-xl": Shape(
+        {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 32},
+        tokens=32_100, matrix=32_128, masks=tuple(range(32_099, 31_999, -1)),
+    ),
     "flan-t5-small": Shape(
         {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8, "num_heads": 6},
         tokens=32_100, matrix=32_128, masks=tuple(range(32_099, 31_999, -1)),
@@ -136,7 +140,7 @@ SHAPES = {
         tokens=103, matrix=128, masks=BARE_MASKS,
     ),
 }  # fmt: skip
-"""The published geometry of google/flan-t5-small; that of this project's t5-micro; one for tests."""
+"""The published geometries of google/flan-t5-xl and -small; that of this project's t5-micro; one for tests."""
 
 
 @dataclass(frozen=True)
