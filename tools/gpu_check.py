@@ -2,7 +2,7 @@
 
     python tools/gpu_check.py --data-dir ../shared/data --out gpu_results
     python tools/gpu_check.py --data-dir ../shared/data --out gpu_results --parts train profile
-    python tools/gpu_check.py --data-dir ../shared/data --out /tmp/gpu --shape tiny --steps 2 --batch 64 --users 50   # on a CPU
+    python tools/gpu_check.py --data-dir ../shared/data --out /tmp/gpu --shape tiny --steps 2 --batch 64 --users 50  # CPU
 
 Parts, in this order without --parts: `ceiling`, what a product of 8192³ reaches; `exact`, the kernels, packed rows and
 lists against what they stand for; `train`, steps at Flan-T5-XL's shape with real lengths and with histories of about 61
@@ -38,11 +38,10 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import bench_topn
 import bench_train
 import numpy as np
 import torch
-from bench_results import GIB, MEMORY, Measured, Meter, compare, peak_bytes, record, table
+from bench_results import GIB, MEMORY, Meter, compare, peak_bytes, record, table
 from bench_topn import MASK, OURS, Bench, timed
 from bench_train import LORA, SHAPES, Job, backbone, rows_of
 from torch import Tensor, nn
@@ -135,7 +134,7 @@ def freed() -> None:
 
 
 def product_tflops() -> float:
-    """What a product of two square matrices of random numbers reaches, bf16 on a GPU: 10^12 operations a second, best of 5."""
+    """What a product of two square random matrices reaches, bf16 on a GPU: 10^12 operations a second, best of 5."""
     size, times = (8192, 10) if CUDA else (512, 2)
     device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -328,7 +327,14 @@ def training(
     with tempfile.TemporaryDirectory() as folder:
         steps = steps or check.args.steps
         job = Job(
-            "ours", check.args.shape, data.name, None, check.args.batch, steps=steps, blocks=1 + blocks, settings=settings
+            "ours",
+            check.args.shape,
+            data.name,
+            None,
+            check.args.batch,
+            steps=steps,
+            blocks=1 + blocks,
+            settings=settings,
         )
         trainer: Any = bench_train.ours(job, data, folder)
         trainer.steps = steps
@@ -389,7 +395,8 @@ def time_arm(check: Check, data: Data, arm: str, settings: tuple[str, ...], abou
         mean_length=mean, strategy="single_gpu" if CUDA else "cpu", processes=1, own_head=True,
     )  # fmt: skip
     values = {
-        f"{name} ms an example": [1000 * one / examples for one in seconds[1:]] for name, seconds in clock.seconds.items()
+        f"{name} ms an example": [1000 * one / examples for one in seconds[1:]]
+        for name, seconds in clock.seconds.items()
     }
     if CUDA:  # of a CPU's process the peak is that of all arms so far
         values[MEMORY] = [peak / GIB]
