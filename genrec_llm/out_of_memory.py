@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -80,7 +80,7 @@ def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArgum
         accumulation = min(2 * accumulation, most)
 
 
-def _fits(model: nn.Module, heaviest: dict[str, torch.Tensor], args: GenRecTrainingArguments) -> bool:
+def _fits(model: nn.Module, heaviest: dict[str, Any], args: GenRecTrainingArguments) -> bool:
     """Whether a forward and a backward of a micro-batch find the memory they need. No draw of dropout is used up."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     beside = trained * (ADAM_BYTES + (BUCKET_BYTES if args.world_size > 1 else 0))
@@ -89,7 +89,7 @@ def _fits(model: nn.Module, heaviest: dict[str, torch.Tensor], args: GenRecTrain
     with torch.random.fork_rng(devices):
         try:
             aside = torch.empty(beside, dtype=torch.uint8, device=args.device)
-            batch = {name: value.to(args.device) for name, value in heaviest.items()}
+            batch = send_to_device(heaviest, args.device)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = model.train()(**batch).loss
             loss.backward()
