@@ -317,10 +317,14 @@ def test_a_process_that_is_killed_while_it_opens_leaves_nothing_behind_and_nobod
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_takes_the_folder_away(number: signal.Signals) -> None:
+    interrupting = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises((SystemExit, KeyboardInterrupt)), _own_folder() as folder:
-        (folder / "users").touch()
-        os.kill(os.getpid(), number)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)), _own_folder() as folder:
+            (folder / "users").touch()
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(signal.SIGINT, interrupting)
     assert not folder.exists() and signal.getsignal(signal.SIGTERM) is before
 
 
