@@ -118,9 +118,14 @@ class _GatedGelu(torch.autograd.Function):
 
 def _dropout(self: Any, hidden_states: Tensor) -> Tensor:
     """`nn.Dropout.forward`."""
-    if not self.training or self.p == 0 or hidden_states.device.type != "cpu":
-        return F.dropout(hidden_states, self.p, self.training)
-    dropped: Tensor = _Dropout.apply(hidden_states, self.p)
+    return _dropped(hidden_states, self.p if self.training else 0.0)
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    """`F.dropout` of a model in training. Where torch compiles, it puts its own into a kernel with what is beside it."""
+    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped: Tensor = _Dropout.apply(x, p)
     return dropped
 
 
@@ -222,10 +227,7 @@ def _self_attention(
     if query.device.type == "cpu":
         # torch's own kernel has no dropout there, and for rows of this length is slower than these products.
         scores = torch.baddbmm(position_bias.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
-        weights = scores.softmax(dim=-1)
-        if dropout:
-            weights = _Dropout.apply(weights, dropout)
-        found = torch.bmm(weights, value.flatten(0, 1)).view_as(query)
+        found = torch.bmm(_dropped(scores.softmax(dim=-1), dropout), value.flatten(0, 1)).view_as(query)
     else:
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, dropout_p=dropout, scale=1.0)
     return self.o(found.transpose(1, 2).reshape(rows, tokens, -1)), position_bias, None
@@ -382,7 +384,7 @@ def _absorbed(
     for each, known, mask in zip(wanted.split([len(mask) for mask in masks]), states, masks, strict=True):
         scores = torch.bmm(each, known.transpose(1, 2)).view(len(mask), prompt, heads, -1)
         scores = scores.masked_fill(~mask.transpose(1, 2), torch.finfo(scores.dtype).min)
-        weights = F.dropout(scores.softmax(dim=-1), dropout).flatten(1, 2).to(known.dtype)
+        weights = _dropped(scores.softmax(dim=-1), dropout).flatten(1, 2).to(known.dtype)
         seen.append(torch.bmm(weights, known))
     by_head = torch.cat(seen).view(examples * prompt, heads, -1).transpose(0, 1)
     return value.of_states(by_head).transpose(0, 1).reshape(examples, prompt, heads, size)

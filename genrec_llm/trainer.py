@@ -197,10 +197,22 @@ class GenRecTrainer(Seq2SeqTrainer):
                 )
         return samples, targets
 
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Tensor | int | None:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """As the Trainer's, which asks all processes: those that have no batch yet are told apart from here on."""
         self.watch.progress = self.state.global_step + 0.5
-        return super()._get_num_items_in_batch(*args, **kwargs)
+        if self.args.world_size > 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # Counted on the host, and sent from there as batches are.
+        return self._prepare_input(super()._get_num_items_in_batch(batch_samples, torch.device("cpu")))
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's, which at each tensor of a batch waits until the GPU has done all it was asked before.
+
+        Nobody writes into a batch, so that nothing has to wait until it was copied.
+        """
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _run_epoch(self, **settings: Any) -> None:
         """As the Trainer's, which would make one more step of a run that goes on from its last."""

@@ -222,6 +222,66 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(trainer, options: 
     assert any("trainer.py" in where for where in questions.asked)
 
 
+class Copies(TorchDispatchMode):
+    """Notes of each copy to another device whether it was to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.split(".")[0] == "_to_copy" and kwargs.get("device") is not None:
+            self.waited.append(not kwargs.get("non_blocking"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_copy_of_a_batch_to_the_device_is_waited_for(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer()
+    batch = next(iter(built.get_train_dataloader()))
+    monkeypatch.setattr(GenRecTrainingArguments, "device", torch.device("meta"))
+    with Copies() as copies:
+        sent = built._prepare_inputs(batch)
+        count = built._get_num_items_in_batch([batch], torch.device("meta"))
+    assert sent["input_ids"].is_meta and count.is_meta
+    assert len(copies.waited) > len(batch) and not any(copies.waited)
+
+
+class Graphs(TrainerCallback):
+    """How many graphs torch has compiled after each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.slow  # about half a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_a_compiled_step_trains_the_same_and_all_steps_have_its_shapes(trainer) -> None:
+    plain, compiled = (trainer(model={"dropout": 0.0}, max_steps=6, torch_compile=on) for on in (False, True))
+    plain.train()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = Graphs()
+    compiled.add_callback(graphs)
+    compiled.train()
+    assert graphs.counts[0] > 0 and set(graphs.counts) == {graphs.counts[0]}
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.slow  # about half a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_a_compiled_step_draws_its_dropout_from_the_seed(trainer) -> None:
+    torch.compiler.reset()
+    found = []
+    for dropout in (0.3, 0.3, 0.0):
+        built = trainer(model={"dropout": dropout}, torch_compile=True)
+        built.train()
+        found.append(losses(built))
+    assert found[0] == found[1] and found[0] != found[2] and all(map(math.isfinite, found[0]))
+
+
 def test_the_same_seed_gives_the_same_history_and_another_seed_another(trainer) -> None:
     histories = []
     for seed in (0, 0, 1):
