@@ -26,10 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from bench_results import GIB, MEMORY, compare, peak_bytes, record, table
+
 ARMS = ("full", "lora", "whole scores")
 RIVAL = "whole scores"
 GEOMETRY = {
@@ -76,8 +78,7 @@ class Stages:
 
     def end(self, name: str) -> None:
         """Note what the stage took, and begin another."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        self.peaks[name] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        self.peaks[name] = peak_bytes(cuda=False)
         now = time.process_time()
         self.seconds[name], self.begun = now - self.begun, now
         Path("/proc/self/clear_refs").write_text("5")
@@ -167,7 +168,6 @@ def main() -> None:
         print(json.dumps(measure(args.child, args.folder, args.run, args)))
         return
 
-    from genrec_llm.files import read_json, write_json
     from genrec_llm.runs import provenance
 
     found: dict[str, dict[str, Any]] = {}
@@ -186,31 +186,20 @@ def main() -> None:
                 f"{one['optimizer_bytes'] / GIB:.2f} GiB, rows {one['row_init']}, loss {one['loss']:.3f}\n    {stages}",
                 flush=True,
             )
+    measured = {
+        arm: {
+            MEMORY: [max(one["peaks"].values()) / GIB],
+            "CPU s a step": [one["seconds"]["training"] / args.steps],
+            "CPU s ranking": [one["seconds"]["ranking"]],
+        }
+        for arm, one in found.items()
+    }
     bench = f"rows: {args.items:,} items, {args.user_buckets:,} user buckets, CPU"
     shape = f"T5 d_model 256, 2+2 layers, fp32 AdamW, batch {args.batch}, {args.steps} steps, {args.users} users ranked"
-    made, rows = provenance(), []
-    print(f"\n{'arm':14}{'GiB':>8}{'of the rival':>14}{'CPU s a step':>14}{'CPU s ranking':>15}")
-    for arm, one in found.items():
-        values = {
-            "GiB": max(one["peaks"].values()) / GIB,
-            "CPU s a step": one["seconds"]["training"] / args.steps,
-            "CPU s ranking": one["seconds"]["ranking"],
-        }
-        compared = arm != RIVAL and RIVAL in found
-        ratio = values["GiB"] / (max(found[RIVAL]["peaks"].values()) / GIB) if compared else None
-        shown = "" if ratio is None else f"{ratio:.2f}"
-        print(f"{arm:14}{values['GiB']:8.2f}{shown:>14}{values['CPU s a step']:14.2f}{values['CPU s ranking']:15.2f}")
-        for unit, value in values.items():
-            rows.append(
-                {
-                    "bench": bench, "arm": arm, "rival": RIVAL if compared and unit == "GiB" else None,
-                    "ratio": ratio if unit == "GiB" else None, "value": value, "unit": unit, "values": [value],
-                    "shape": shape, **made,
-                }
-            )  # fmt: skip
+    rows = compare(bench, shape, measured, [RIVAL] if RIVAL in found else list(found), provenance())
+    print(table(list(map(asdict, rows))))
     if args.out:
-        others = [row for row in read_json(args.out) if row["bench"] != bench] if args.out.is_file() else []
-        write_json(args.out, [*others, *rows])
+        record(args.out, rows)
         print(f"written to {args.out}")
 
 
