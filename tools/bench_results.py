@@ -148,12 +148,12 @@ def peak_bytes(cuda: bool) -> int:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of all ratios, one panel a bench, written as a picture."""
+    """Bars of all ratios but those of waiting, next to nothing in all arms; one panel a bench, written as a picture."""
     from matplotlib.figure import Figure
 
     from genrec_llm.plots import COLOURS, DPI
 
-    compared = [row for row in rows if row["ratio"] is not None]
+    compared = [row for row in rows if row["ratio"] is not None and not row["unit"].startswith("waiting")]
     benches = list(dict.fromkeys(row["bench"] for row in compared))
     counts = [sum(row["bench"] == bench for row in compared) for bench in benches]
     figure = Figure(figsize=(9, 1.2 + 0.28 * sum(counts) + 0.5 * len(benches)), dpi=DPI, layout="constrained")
@@ -166,7 +166,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                           [row["ratio"] for row in shown], color=colours)  # fmt: skip
         panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.margins(x=0.1)
+        panel.margins(x=0.15, y=0.02)
         panel.tick_params(labelsize=7)
         panel.set_title(bench, fontsize=8, loc="left")
         panel.invert_yaxis()
