@@ -83,6 +83,12 @@ class DataArguments:
     drop_duplicates: bool = field(
         default=False, metadata={"help": "Drop rows that repeat user, item and time exactly."}
     )
+    shuffle_ties: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of a random order of a user's interactions with equal times, in place of the file's order."
+        },
+    )
     max_history: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
     id_seed: int = field(
         default=0,

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from genrec_llm.data import SHUFFLED
 from genrec_llm.errors import ConfigError
 from genrec_llm.evaluation import HEADLINE, WITHOUT_USERS
 from genrec_llm.files import atomic_directory, atomic_file, read_json, sha256_file, write_json
@@ -344,7 +345,9 @@ class _Facts:
     @property
     def source(self) -> _Source | None:
         """The public data set that it was trained on; None for a file of one's own."""
-        return _SOURCES.get(self.data["name"]) if self.data.get("public") else None
+        name, _, seed = self.data["name"].partition(SHUFFLED)
+        source = _SOURCES.get(name) if self.data.get("public") else None
+        return replace(source, title=f"{source.title}, ties shuffled (seed {seed})") if source and seed else source
 
     @property
     def data_title(self) -> str:
@@ -968,7 +971,10 @@ def _citation(facts: _Facts) -> list[str]:
         "```",
     ]
     if facts.source:
-        lines += ["", f"Data: {facts.source.cite}" + ("" if facts.data["name"] == "movielens-100k" else f" {_S3REC}")]
+        lines += [
+            "",
+            f"Data: {facts.source.cite}" + ("" if facts.data["name"].startswith("movielens-100k") else f" {_S3REC}"),
+        ]
     return lines
 
 

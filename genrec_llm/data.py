@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+SHUFFLED = "-ties-shuffled-"
+"""Between the name of a data set and the seed, where `Interactions.shuffled_ties` made a variant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,23 @@ class Interactions:
         frame = self.frame[keep].reset_index(drop=True)
         catalogue = self.catalogue[self.catalogue["item"].isin(frame["item"])].reset_index(drop=True)
         return Interactions(self.name, frame, catalogue)
+
+    def shuffled_ties(self, seed: int) -> Interactions:
+        """The same log, under another name, with each user's interactions of one time in a random order.
+
+        The order of a file within equal times may be that of its ids, which a model could learn.
+
+        Raises:
+            DataError: there are no times, or the seed is below 0.
+        """
+        if seed < 0:
+            raise DataError(f"--shuffle-ties {seed}: a seed is 0 or more")
+        if "timestamp" not in self.frame:
+            raise DataError(f"{self.name}: --shuffle-ties {seed}: it has no times, so nothing ties; leave it out")
+        random = np.random.default_rng(seed).random(len(self.frame))
+        order = np.lexsort((random, self.frame["timestamp"], self._user_codes))
+        name = f"{self.name}{SHUFFLED}{seed}"
+        return Interactions(name, self.frame.iloc[order].reset_index(drop=True), self.catalogue)
 
     def fingerprint(self) -> str:
         """sha256 (hex) over users, items and their order, and the catalogue's ids; not over text or times."""

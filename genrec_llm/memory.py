@@ -30,7 +30,9 @@ USABLE = 0.92
 ZERO3_LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered: stage3_max_live_parameters and stage3_max_reuse_distance of DeepSpeed 0.19."""
 MOST_SCORES = 2**27
-"""Scores of a micro-batch up to which the loss makes all of them at once; beyond, as many at a time (`item_loss`)."""
+"""Scores of a micro-batch up to which the loss on a GPU makes all of them at once; beyond, as many at a time."""
+MOST_SCORES_ON_CPU = 2**24
+"""Scores of a micro-batch that the loss on a CPU makes at a time, in one tensor that stays (`item_loss`)."""
 PADDING = 1.05
 """Tokens computed for each token that counts, with batches of like lengths."""
 FILLING = 1.02
@@ -659,9 +661,10 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
         static["buffers"] = root + 2 * _block_bytes(shape, run)
 
     scores = run.examples * run.targets * run.items
-    sliced = scores > MOST_SCORES
     # Whole ones with their softmax and its gradient; slices are turned into the gradient where they are.
-    at_loss, at_head = (FP32 * MOST_SCORES, 0) if sliced else (3 * FP32 * scores, FP32 * scores)
+    most = MOST_SCORES_ON_CPU if run.cpu else MOST_SCORES
+    sliced = run.cpu or scores > most
+    at_loss, at_head = (FP32 * min(scores, most), 0) if sliced else (3 * FP32 * scores, FP32 * scores)
     items, users = size * run.items * shape.d_model, size * run.user_rows * shape.d_model
     pair = FP32 * shape.d_model + INDEX  # a user row's gradient and its index
     mine = shared = updating = 0  # of sparse gradients: a device's, the sum of all devices', and the copies on the way

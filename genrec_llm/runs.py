@@ -181,7 +181,7 @@ def load_data(args: DataArguments, processes: Processes = ALONE) -> Data:
 
 
 def _read_data(args: DataArguments) -> Data:
-    interactions: Interactions = load_interactions(
+    interactions = load_interactions(
         args.dataset,
         data_dir=args.data_dir,
         user_column=args.user_column,
@@ -190,7 +190,17 @@ def _read_data(args: DataArguments) -> Data:
         items_path=args.items_file,
         k_core=args.k_core,
         drop_duplicates=args.drop_duplicates,
+        shuffle_ties=args.shuffle_ties,
     )
+    return encode_data(interactions, args)
+
+
+def encode_data(interactions: Interactions, args: DataArguments) -> Data:
+    """Split interactions and encode their ids, as the arguments say.
+
+    Raises:
+        DataError: users have fewer than 3 interactions.
+    """
     splits = leave_last_two_out(interactions)
     vocab = IdVocab.build(
         interactions.catalogue,

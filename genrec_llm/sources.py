@@ -91,6 +91,7 @@ def load_interactions(
     items_path: str | os.PathLike[str] | None = None,
     k_core: int = 0,
     drop_duplicates: bool = False,
+    shuffle_ties: int | None = None,
 ) -> Interactions:
     """Load a named public data set or a file of one's own.
 
@@ -102,6 +103,7 @@ def load_interactions(
             from `ml-100k/` in it if that is there, else from the cache (`$GENREC_CACHE`, default
             `~/.cache/genrec_llm`), else downloaded into the cache.
         k_core: drop users and items with fewer interactions, again and again until none is left; 0 keeps all.
+        shuffle_ties: seed of `Interactions.shuffled_ties`; None keeps the order of the file.
 
     Raises:
         DataError: no such name or file, a file that is not the one meant, a failed download, a faulty log.
@@ -128,7 +130,8 @@ def load_interactions(
         near = difflib.get_close_matches(dataset.lower(), SOURCES, n=1, cutoff=0.5)
         nearest = f"; the nearest name is {near[0]!r}" if near else ""
         raise DataError(f"{dataset!r} is neither a file nor a named data set{nearest} (there are {', '.join(SOURCES)})")
-    return interactions.k_core(k_core) if k_core else interactions
+    interactions = interactions.k_core(k_core) if k_core else interactions
+    return interactions if shuffle_ties is None else interactions.shuffled_ties(shuffle_ties)
 
 
 def _benchmark(name: str, data_dir: str | os.PathLike[str] | None) -> Interactions:

@@ -513,6 +513,11 @@ def test_licences_of_bases_are_stated_where_known(runs: dict[str, Path], name: s
     ("name", "words", "license_name"),
     [
         ("movielens-100k", ("no redistribution", "Harper"), "movielens-terms"),
+        (
+            "movielens-100k-ties-shuffled-7",
+            ("no redistribution", "Harper", "MovieLens-100K, ties shuffled (seed 7)"),
+            "movielens-terms",
+        ),
         ("amazon-beauty", ("state no licence", "McAuley"), None),
         ("amazon-sports", ("state no licence", "He, J. McAuley"), None),
         ("yelp", ("academic", "Yelp"), "yelp-dataset-terms"),

@@ -27,7 +27,7 @@ FP32 = {"rtol": 1e-5, "atol": 1e-6}
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets how many scores there may be at once."""
-    yield lambda scores: monkeypatch.setattr(module, "MOST_SCORES", scores)
+    yield lambda scores: monkeypatch.setattr(module, "MOST_SCORES_ON_CPU", scores)
 
 
 def drawn(ignored: tuple[int, ...] = (2, 7)) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,10 +38,12 @@ def drawn(ignored: tuple[int, ...] = (2, 7)) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, 2 * rows, labels
 
 
-def in_float64(hidden: Tensor, rows: Tensor, labels: Tensor, smoothing: float, scale: float) -> tuple[Tensor, ...]:
+def in_float64(
+    hidden: Tensor, rows: Tensor, labels: Tensor, smoothing: float, scale: float, others: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
     """Loss and gradients of hidden states, rows and scale by torch's own cross-entropy on whole scores."""
     leaves = [value.detach().double().requires_grad_() for value in (hidden, rows, torch.tensor([scale]))]
-    scores = F.linear(leaves[0] * leaves[2], leaves[1])
+    scores = F.linear(leaves[0] * leaves[2], torch.cat([leaves[1], *others]))
     loss = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
     return loss.detach(), *torch.autograd.grad(loss * 3, leaves)
 
@@ -61,6 +63,20 @@ def test_slices_of_any_size_give_loss_and_gradients_of_whole_scores(most: Any, s
         assert found is not None and found.dtype == torch.float32
         torch.testing.assert_close(found.double(), wanted, **FP32)
     assert not hidden.grad[2].any(), "an ignored target moves nothing"
+
+
+@pytest.mark.parametrize("scores", [1, 5 * (ITEMS + 16), 10**6], ids=str)
+def test_frozen_rows_compete_with_the_items(most: Any, scores: int) -> None:
+    hidden, rows, labels = drawn()
+    others = (torch.randn(11, WIDTH), torch.zeros(5, WIDTH))
+    loss, to_hidden, to_rows, _ = in_float64(hidden, rows, labels, 0.2, 1.0, tuple(o.double() for o in others))
+    most(scores)
+    hidden.requires_grad_(), rows.requires_grad_()
+    found = item_loss(hidden, rows, labels, label_smoothing=0.2, others=others)
+    (found * 3).backward()
+    for value, wanted in ((found, loss), (hidden.grad, to_hidden), (rows.grad, to_rows)):
+        assert value is not None
+        torch.testing.assert_close(value.double(), wanted, **FP32)
 
 
 def test_the_loss_of_the_model_is_the_same_in_slices(most: Any, tmp_path: Path) -> None:
@@ -166,7 +182,7 @@ IN_SLICES = """
 import runpy, sys
 from genrec_llm import item_loss
 made, plain = [], item_loss._in_slices
-item_loss.MOST_SCORES = 70  # two targets at a time
+item_loss.MOST_SCORES_ON_CPU = 70  # two targets at a time
 item_loss._in_slices = lambda *given: made.append(len(given[0])) or plain(*given)
 recipe = sys.argv.pop(1)
 from genrec_llm import trainer, world

@@ -53,6 +53,7 @@ from transformers import (
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, parse_args
 from genrec_llm.batching import as_tensors
 from genrec_llm.errors import ConfigError, exits_cleanly
+from genrec_llm.item_loss import item_loss
 from genrec_llm.model import (
     UNTIED_KEYS,
     GenRecUntiedT5,
@@ -65,7 +66,7 @@ from genrec_llm.model import (
 )
 from genrec_llm.rows import initial_rows
 from genrec_llm.runs import Data, load_data, provenance
-from genrec_llm.tasks import IGNORED, NextItem, PromptLayout
+from genrec_llm.tasks import NextItem, PromptLayout
 from genrec_llm.trainer import GenRecTrainer
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
@@ -264,11 +265,12 @@ class WholeVocabulary(ItemHead):
     def forward(self, hidden: Tensor, labels: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
         """`[targets, items + base tokens + users]`, or the loss; labels are item indices, as they are without this."""
         with torch.autocast(hidden.device.type, enabled=False):
+            if labels is not None:
+                return item_loss(
+                    hidden.float(), self.weight, labels, label_smoothing=label_smoothing, others=self.frozen
+                )
             others = [F.linear(hidden.float(), rows.float()) for rows in self.frozen]
-        scores = torch.cat([super().forward(hidden), *others], dim=1)
-        if labels is None:
-            return scores
-        return F.cross_entropy(scores, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED)
+        return torch.cat([super().forward(hidden), *others], dim=1)
 
 
 class Ours(OnSample, GenRecTrainer):

@@ -1,0 +1,171 @@
+"""docs/accuracy.md holds what quality.json says: means and spreads of seeds, the best in bold, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import make_tables
+import numpy as np
+import pytest
+import tiny
+from make_tables import BEGIN, END, Row, checked, lines_of, pair_of, put, row_of, tables, with_tables
+
+from genrec_llm.errors import ConfigError, DataError
+from genrec_llm.evaluation import build_report, rank_recommender
+from genrec_llm.files import read_json, write_json
+
+MADE = {"command": "recipes/evaluate.py --run runs/x", "commit": "abc", "hardware": "CPU"}
+
+
+def row(model: str, seed: int | None, ndcg: float, **changes: Any) -> Row:
+    return {
+        "dataset": "toy", "split": "test", "model": model, "protocol": "seen removed", "seed": seed, "hr@5": 2 * ndcg,
+        "ndcg@5": ndcg / 2, "hr@10": 3 * ndcg, "ndcg@10": ndcg, "users": 100, "candidates": 1000, **MADE, "seconds": 10.0,
+    } | changes  # fmt: skip
+
+
+ROWS = [
+    row("rival", 0, 0.05),
+    row("genrec-a", 0, 0.04),
+    row("genrec-a", 1, 0.06),
+    row("popularity", None, 0.01, seconds=None),
+    row("genrec-a", 0, 0.02, protocol="seen kept"),
+]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> None:
+    own = ["--quality", folder / "results" / "quality.json", "--page", folder / "accuracy.md"]
+    monkeypatch.setattr(sys, "argv", ["make_tables.py", *map(str, [*own, *arguments])])
+    make_tables.main()
+
+
+def test_a_table_has_mean_and_spread_of_the_seeds_and_the_best_in_bold() -> None:
+    text = tables(ROWS, [], {"toy": "results/quality_toy.png"})
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    # Seeds .04 and .06: mean .05, standard deviation .02 / sqrt(2).
+    assert rows[1] == (
+        "| genrec-a | **.1000 ± .0283** | **.0250 ± .0071** | **.1500 ± .0424** | **.0500 ± .0141** | 2 | 10 |"
+    )
+    assert (
+        rows[2] == "| rival | **.1000** | **.0250** | **.1500** | **.0500** | 1 | 10 |"
+    )  # equal as far as it is shown
+    assert rows[3] == "| popularity | .0200 | .0050 | .0300 | .0100 | 1 | – |"
+    assert text.index("test split, seen removed") < text.index("test split, seen kept")
+    assert "100 users, full ranking of 1,000 items" in text and "results/quality_toy.png" in text
+    assert [line.model for line in lines_of(ROWS[:4])] == ["genrec-a", "rival", "popularity"]
+
+
+def test_every_problem_of_the_rows_is_named_at_once() -> None:
+    wrong = [
+        row("a", 0, 0.1, split="train", users=0),
+        {key: value for key, value in row("b", 0, 0.1).items() if key != "commit"} | {"more": 1},
+        row("c", "zero", 0.1, **{"hr@5": 1.2}),  # type: ignore[arg-type]
+        row("d", 0, 0.1, **{"hr@5": 0.5}),
+        row("e", 0, 0.1, protocol="kept"),
+    ]
+    with pytest.raises(DataError) as refused:
+        checked(wrong, Path("quality.json"))
+    text = "\n".join(refused.value.problems)
+    assert len(refused.value.problems) == 8
+    for part in ("row 1: split", "row 1: users", "row 2: no commit", "row 2: unknown key 'more'", "row 3: seed",
+                 "row 3: hr@5", "row 4: hr@5 is above hr@10", "row 5: protocol"):  # fmt: skip
+        assert part in text
+    with pytest.raises(DataError, match="row 2: row 1 has its data set"):
+        checked([row("a", 0, 0.1), row("a", 0, 0.2)], Path("q"))
+    with pytest.raises(DataError, match="cannot be compared with row 1"):
+        checked([row("a", 0, 0.1), row("b", 0, 0.1, users=99)], Path("q"))
+
+
+def test_the_page_is_written_between_its_markers_and_check_sees_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, page = tmp_path / "results" / "quality.json", tmp_path / "accuracy.md"
+    write_json(quality, ROWS)
+    page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    run(monkeypatch, tmp_path)
+    text = page.read_text()
+    assert text.startswith("# Before\n") and text.endswith("\n\nAfter.\n") and "old" not in text and "genrec-a" in text
+    assert "](results/quality_toy.png)" in text
+    assert (tmp_path / "results" / "quality_toy.png").read_bytes().startswith(b"\x89PNG")
+    run(monkeypatch, tmp_path, "--check")
+    write_json(quality, [*ROWS, row("late", 0, 0.03)])
+    with pytest.raises(SystemExit, match="is not what"):
+        run(monkeypatch, tmp_path, "--check")
+    with pytest.raises(ConfigError, match="put them in"):
+        with_tables("# no markers", "x", page)
+
+
+def test_rows_and_pairs_come_from_saved_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference is the mean over users of what the metric gives each of them."""
+    data = tiny.eval_data(users=60, items=40, longest=8, split="test")
+
+    class Noisy:
+        def __init__(self, name: str, help_: float) -> None:
+            self.name, self.help = name, help_
+
+        def scores(self, histories: Any, users: Any) -> Any:
+            scores = np.random.default_rng(len(users)).random((len(users), 40)).astype(np.float32)
+            places = np.searchsorted(np.sort(data.users), users)
+            scores[np.arange(len(users)), data.targets[np.argsort(data.users)[places]]] += self.help
+            return scores
+
+    reports = []
+    for name, help_ in (("good", 0.5), ("poor", 0.0)):
+        ranked = rank_recommender(Noisy(name, help_), data, exclude_seen=False)
+        report = build_report(name, ranked, data, exclude_seen=False)
+        report.save(tmp_path / name)
+        reports.append(report)
+    made = row_of(reports[0], "genrec", MADE, seed=3, seconds=2.5)
+    assert made["protocol"] == "seen kept" and made["ndcg@10"] == reports[0].metrics["NDCG@10"].mean
+    assert checked([made], Path("q")) == [made]
+
+    for name, model in (("good", "genrec"), ("poor", "SASRec")):
+        run(monkeypatch, tmp_path, "add", "--report", tmp_path / name, "--model", model, "--seed", 3, "--seconds", 2.5,
+            "--command", "x")  # fmt: skip
+        run(monkeypatch, tmp_path, "add", "--report", tmp_path / name, "--model", model, "--seed", 3, "--command", "x")
+    rows = read_json(tmp_path / "results" / "quality.json")
+    assert [(each["model"], each["seconds"]) for each in rows] == [("genrec", None), ("SASRec", None)]
+    for _ in range(2):
+        run(monkeypatch, tmp_path, "pair", tmp_path / "good", tmp_path / "poor", "--models", "genrec", "SASRec")
+    (pair,) = read_json(tmp_path / "results" / "quality_pairs.json")
+    assert pair["mean"] == pytest.approx(rows[0]["ndcg@10"] - rows[1]["ndcg@10"]) and pair["low"] > 0
+    run(monkeypatch, tmp_path)
+    assert f"- genrec - SASRec: {pair['mean']:+.4f} [" in (tmp_path / "accuracy.md").read_text()
+    other = tiny.eval_data(users=60, items=40, longest=8, split="validation")
+    theirs = build_report("v", rank_recommender(Noisy("v", 0.0), other, exclude_seen=False), other, exclude_seen=False)
+    with pytest.raises(ConfigError, match="split is 'test' and 'validation'"):
+        pair_of(reports[0], theirs, ["a", "b"], None)
+
+
+def test_a_row_that_is_wrong_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    put(path, ROWS[:1])
+    before = path.read_bytes()
+    with pytest.raises(DataError):
+        put(path, [row("x", 0, 2.0)])
+    assert path.read_bytes() == before
+
+
+def test_the_accuracy_page_is_what_its_rows_give() -> None:
+    quality, page = tiny.REPOSITORY / "docs" / "results" / "quality.json", tiny.REPOSITORY / "docs" / "accuracy.md"
+    if not quality.is_file():
+        assert not page.is_file() or BEGIN not in page.read_text(), "tables without the rows that they are made from"
+        return
+    make_tables.write(page, quality, check=True)
+
+
+@pytest.mark.slow
+def test_rows_of_a_real_run(tmp_path: Path) -> None:
+    tiny.save_backbone("t5-untied", tmp_path / "base")
+    finetuned = tiny.train(tmp_path / "base", tmp_path, tmp_path / "run")
+    tiny.run([sys.executable, "recipes/merge.py", "--run", str(finetuned)])
+    for more in ([], ["--keep-seen"]):
+        tiny.run([sys.executable, "recipes/evaluate.py", "--run", str(finetuned), "--use_cpu", *more])
+    rows = checked(make_tables.rows_of_run(finetuned, "genrec"), Path("q"))
+    ours = {each["protocol"]: each for each in rows if each["model"] == "genrec"}
+    assert set(ours) == {"seen removed", "seen kept"} and ours["seen kept"]["seed"] == 0
+    assert all(each["seconds"] > 0 and "evaluate.py" in each["command"] for each in ours.values())
+    others = {each["model"] for each in rows} - {"genrec"}
+    assert others == {"popularity", "item-kNN", "recent repeat"}
