@@ -305,6 +305,11 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         _refuse_stale_store()
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
         super().__post_init__()
+        if self.packing and self.kernels and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs: re-entrant checkpointing loses the gradient from packed decoder prompts to "
+                "the encoder: leave use_reentrant false, or add --packing false or --kernels false"
+            )
         if self.global_batch_size < self.world_size * self.gradient_accumulation_steps:
             raise ConfigError(
                 f"global_batch_size: {self.global_batch_size} examples cannot be shared by {self.world_size} processes x "

@@ -67,7 +67,7 @@ class _SlicedLoss(torch.autograd.Function):
         counts = labels != IGNORED
         places = labels.where(counts, 0)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
+        to_rows = None if not ctx.needs_input_grad[1] else (torch.empty_like if len(hidden) else torch.zeros_like)(rows)
         loss = hidden.new_zeros(())
         size = max(1, most // width)
         buffer = hidden.new_empty(min(size, len(hidden)), width)

@@ -200,7 +200,6 @@ def _self_attention(
     mask: Tensor | None = None,
     key_value_states: Tensor | None = None,
     position_bias: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, None]:
     """`T5Attention.forward` of a stack's own tokens, `[rows, tokens, d_model]`.
@@ -211,9 +210,9 @@ def _self_attention(
         mask: which tokens a token sees, `[rows, 1, tokens, tokens]` or `[rows, 1, 1, tokens]`.
         position_bias: of the first layer, `[rows, heads, tokens, tokens]`.
     """
-    if past_key_values is not None or mask is None or mask.dtype != torch.bool or key_value_states is not None:
+    if _continues(kwargs) or mask is None or mask.dtype != torch.bool or key_value_states is not None:
         stock: tuple[Tensor, Tensor, None] = type(self).forward(
-            self, hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+            self, hidden_states, mask, key_value_states, position_bias, **kwargs
         )
         return stock
     rows, tokens, _ = hidden_states.shape
@@ -231,6 +230,11 @@ def _self_attention(
     else:
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias, dropout_p=dropout, scale=1.0)
     return self.o(found.transpose(1, 2).reshape(rows, tokens, -1)), position_bias, None
+
+
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Whether tokens were decoded before these; transformers names what it keeps of them `cache` from 5.24 on."""
+    return any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
 
 
 # --- cross-attention of a short prompt --------------------------------------------------------------------------------
@@ -271,7 +275,6 @@ def _cross_attention(
     mask: Tensor | None = None,
     key_value_states: Tensor | None = None,
     position_bias: Tensor | None = None,
-    past_key_values: Any = None,
     packed: PackedStates | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None, None]:
@@ -282,9 +285,9 @@ def _cross_attention(
         key_value_states: `[examples, tokens, d_model]`.
         packed: stands for both of them where several examples share a row.
     """
-    if past_key_values is not None or mask is None or mask.dtype != torch.bool or key_value_states is None:
+    if _continues(kwargs) or mask is None or mask.dtype != torch.bool or key_value_states is None:
         stock: tuple[Tensor, Tensor | None, None] = type(self).forward(
-            self, hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+            self, hidden_states, mask, key_value_states, position_bias, **kwargs
         )
         return stock
     query = self.q(hidden_states).view(*hidden_states.shape[:2], self.n_heads, -1)

@@ -158,6 +158,14 @@ def test_all_faults_of_a_group_are_told_at_once(tmp_path: Path) -> None:
     assert "is not one of lora, full" in found[1]
 
 
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_a_gradient(tmp_path: Path) -> None:
+    yaml = f"output_dir: {tmp_path}\ngradient_checkpointing: true\ngradient_checkpointing_kwargs: {{use_reentrant: true}}\n"
+    (found,) = problems(tmp_path, yaml, classes=(GenRecTrainingArguments,))
+    assert found.startswith("gradient_checkpointing_kwargs:") and "--packing false" in found
+    for mended in (yaml.replace("use_reentrant: true", "use_reentrant: false"), yaml + "kernels: false\n"):
+        assert not problems(tmp_path, mended, classes=(GenRecTrainingArguments,))
+
+
 def test_fp16_is_refused_with_the_reason_and_the_mend(tmp_path: Path) -> None:
     yaml = f"output_dir: {tmp_path}\nfp16: true\ntargets: most\n"
     targets, fp16 = problems(tmp_path, yaml, classes=(GenRecTrainingArguments,))

@@ -245,6 +245,15 @@ def test_little_of_what_is_computed_on_real_lengths_is_padding_or_waiting(shared
         assert computed / useful < (1.03 if size // shares > 64 else 1.05)  # a row more or less is 10 % of 64 examples
 
 
+def test_packed_shapes_hold_the_longest_example_wherever_the_order_puts_it() -> None:
+    for seed in range(5):
+        lengths = np.full(40_000, 12)
+        lengths[7] = 61
+        batches = GlobalBatches(lengths, 64, seed=seed, shares=1)
+        shapes = fixed_shapes(batches, 3)
+        assert shapes.row_length >= 61 and max(longest for _, longest in shapes.classes) == 61
+
+
 # --- resume and workers ---------------------------------------------------------------------
 
 

@@ -65,6 +65,15 @@ def test_slices_of_any_size_give_loss_and_gradients_of_whole_scores(most: Any, s
     assert not hidden.grad[2].any(), "an ignored target moves nothing"
 
 
+def test_without_targets_the_rows_get_a_gradient_of_zeros() -> None:
+    _, rows, _ = drawn()
+    _memory_of_before = torch.full_like(rows, torch.nan)  # what an unwritten gradient would be made of
+    del _memory_of_before
+    hidden, rows = torch.empty(0, WIDTH, requires_grad=True), rows.requires_grad_()
+    item_loss(hidden, rows, torch.empty(0, dtype=torch.int64)).backward()
+    assert rows.grad is not None and not rows.grad.any()
+
+
 @pytest.mark.parametrize("scores", [1, 5 * (ITEMS + 16), 10**6], ids=str)
 def test_frozen_rows_compete_with_the_items(most: Any, scores: int) -> None:
     hidden, rows, labels = drawn()

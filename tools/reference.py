@@ -82,7 +82,8 @@ And these are used with the default of transformers:
 REST = """\
 The other keys of `Seq2SeqTrainingArguments` are accepted as well, but no recipe here needs them.
 `per_device_train_batch_size` is computed from `global_batch_size`, whatever is given. Refused are `fp16` (T5 overflows in
-it), `average_tokens_across_devices: false`, `hub_strategy` other than `end`, and `push_to_hub` without `hub_model_id`.
+it), `average_tokens_across_devices: false`, `hub_strategy` other than `end`, `push_to_hub` without `hub_model_id`, and
+`use_reentrant: true` in `gradient_checkpointing_kwargs` beside `packing` and `kernels`.
 """
 
 
