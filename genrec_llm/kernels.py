@@ -123,7 +123,7 @@ def _dropout(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _dropped(x: Tensor, p: float) -> Tensor:
     """`F.dropout` of a model in training. Where torch compiles, it puts its own into a kernel with what is beside it."""
-    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not 0 < p < 1 - 1 / STEPS or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped: Tensor = _Dropout.apply(x, p)
     return dropped
@@ -158,17 +158,18 @@ def _kept(x: Tensor, bits: Tensor, dropped: int) -> Tensor:
 def _lora_linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """PEFT's `Linear.forward` with one adapter without dropout, `[…, in] → […, out]`."""
     factors = _factors(self)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
     if (
         factors is None
         or len(factors.adapters) != 1
         or x.dtype != factors.weight.dtype
-        or not (autocast or x.dtype == factors.adapters[0][0].dtype)
+        or x.dtype != (torch.get_autocast_dtype(device) if autocast else factors.adapters[0][0].dtype)
     ):
         stock: Tensor = type(self).forward(self, x, *args, **kwargs)
         return stock
     ((down, up, scaling),) = factors.adapters
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         found: Tensor = _LoraLinear.apply(x.flatten(0, -2), factors.weight, down.to(x.dtype), scaling * up.to(x.dtype))
     return found.view(*x.shape[:-1], -1)
 
