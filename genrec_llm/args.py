@@ -206,7 +206,7 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
     kernels: bool = field(
         default=True,
         metadata={
-            "help": "Faster forms of T5's norm, gated GELU, dropout and cross-attention, which compute the same."
+            "help": "Faster forms of T5's norm, gated GELU, dropout, attention and LoRA layers, which compute the same."
         },
     )
     masks_per_sequence: int = field(default=1, metadata={"help": "Pretraining: items hidden in one history."})
@@ -305,6 +305,8 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         _refuse_stale_store()
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # DeepSpeed looks for a GPU unless told
         super().__post_init__()
+        if isinstance(self.gradient_checkpointing_kwargs, dict):
+            self.gradient_checkpointing_kwargs.setdefault("use_reentrant", False)  # torch's default is the other one
         if self.packing and self.kernels and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ConfigError(
                 "gradient_checkpointing_kwargs: re-entrant checkpointing loses the gradient from packed decoder prompts to "

@@ -175,12 +175,13 @@ def heaviest_batch(task: Task, size: int, *, seed: int, shares: int, packed: boo
 def fixed_shapes(batches: GlobalBatches, classes: int = 1) -> Packing:
     """Shapes that the shares of all batches have, as far as a sample of the first epoch tells; see `Packing.fitting`.
 
-    The step of the longest example is always in the sample: no later one has a wider row.
+    The steps of the longest example and of the most examples are always in the sample: no later one needs more.
     """
     epoch = batches.epoch(0)
     count = max(FEWEST_SAMPLED, SAMPLED_EXAMPLES * batches.shares // len(epoch[0]))
     steps = set(np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int).tolist())
     steps.add(int(np.argmax([batches.lengths[batch].max() for batch in epoch])))
+    steps.add(int(np.argmax([len(batch) for batch in epoch])))
     sample = [epoch[step] for step in sorted(steps)]
     return Packing.fitting((batches.lengths[batches.share_out(batch)[0]] for batch in sample), most_classes=classes)
 

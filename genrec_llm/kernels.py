@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import MethodType
 from typing import Any
 
@@ -222,7 +222,7 @@ def _self_attention(
     )
     if position_bias is None:
         bias = self.compute_bias(tokens, tokens, device=mask.device)
-        position_bias = bias.where(mask, torch.finfo(bias.dtype).min).to(query.dtype)
+        position_bias = bias.to(query.dtype).where(mask, torch.finfo(query.dtype).min)
     dropout = self.dropout if self.training else 0.0
     if query.device.type == "cpu":
         # torch's own kernel has no dropout there, and for rows of this length is slower than these products.
@@ -266,8 +266,11 @@ class PackedStates:
 
     @cached_property
     def masks(self) -> list[Tensor]:
-        """Which of them there are, `[examples, 1, 1, longest]` a class."""
-        return [(segment >= 0)[:, None, None] for segment in self.segments]
+        """Which of them there are, `[examples, 1, 1, longest]` a class; a place without an example sees any, not none.
+
+        A softmax over nothing is no number in some of torch's kernels, and what is no number survives a label left out.
+        """
+        return [((segment >= 0) | (segment[:, :1] < 0))[:, None, None] for segment in self.segments]
 
 
 def _cross_attention(
@@ -287,6 +290,8 @@ def _cross_attention(
         packed: stands for both of them where several examples share a row.
     """
     if _continues(kwargs) or mask is None or mask.dtype != torch.bool or key_value_states is None:
+        if packed is not None:
+            raise ValueError("packed states need a boolean mask and no cache")
         stock: tuple[Tensor, Tensor | None, None] = type(self).forward(
             self, hidden_states, mask, key_value_states, position_bias, **kwargs
         )
@@ -297,11 +302,11 @@ def _cross_attention(
     key, value = _factors(self.k), _factors(self.v)
     if key is not None and value is not None:
         states = [key_value_states] if packed is None else packed.states
-        if query.is_cuda and torch.is_grad_enabled():
-            # What it keeps is computed again: it would be most of a step's memory.
-            found = checkpoint(_absorbed, query, states, masks, key, value, dropout, use_reentrant=False)
+        attend = partial(_absorbed, states=states, masks=masks, key=key, value=value, dropout=dropout)
+        if _computes_again(query):
+            found = checkpoint(attend, query, use_reentrant=False, preserve_rng_state=dropout > 0)
         else:
-            found = _absorbed(query, states, masks, key, value, dropout)
+            found = attend(query)
     else:
         keys, values = (
             [part(key_value_states)] if packed is None else packed.of_examples(part(packed.rows))
@@ -310,6 +315,11 @@ def _cross_attention(
         queries = query.split([len(mask) for mask in masks])
         found = torch.cat([_attention(*each, dropout) for each in zip(queries, keys, values, masks, strict=True)])
     return self.o(found.flatten(2)), position_bias, None
+
+
+def _computes_again(query: Tensor) -> bool:
+    """Whether attention keeps its arguments alone for the backward pass: the rest would be most of a GPU's step."""
+    return query.is_cuda and torch.is_grad_enabled()
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float) -> Tensor:
@@ -352,7 +362,10 @@ class Factors:
 
 
 def _factors(linear: nn.Module) -> Factors | None:
-    """None where a layer is no such product (quantised, with dropout before its adapter), or not whole here (ZeRO-3)."""
+    """None where a layer is no such product: quantised, or with dropout before its adapter.
+
+    Under ZeRO-3 DeepSpeed makes a weight whole when it is read in a forward pass.
+    """
     base = linear.base_layer if isinstance(linear, LoraLinear) else linear
     if type(base) is not nn.Linear or base.bias is not None or not base.weight.numel():
         return None

@@ -419,11 +419,10 @@ def quickened(shape: Shape, run: Run) -> bool:
 
 
 def absorbs(shape: Shape, run: Run) -> bool:
-    """Whether cross-attention makes no keys and values: their layers are plain products, and whole."""
+    """Whether cross-attention makes no keys and values: their layers are plain products."""
     key, value = shape._attention_names[1:3]
     noisy = run.tuning == "lora" and run.lora_dropout and {key, value} & set(lora_targets(shape, run))
-    partitioned = run.strategy in ("zero3", "zero3_offload")
-    return quickened(shape, run) and not noisy and not run.quantization and not partitioned
+    return quickened(shape, run) and not noisy and not run.quantization
 
 
 def encoder_rows(shape: Shape, run: Run) -> tuple[int, int]:

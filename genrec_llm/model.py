@@ -218,7 +218,8 @@ def last_hidden(
     known, packed = own, {}
     if segments is not None:
         packed["packed"] = every = PackedStates(encoded, segments)
-        states, known = every.states[0], every.masks[0]  # all, where there is one class
+        # All, where there is one class. Made before the layers: those that are computed again must find them made.
+        states, known = every.states[0], every.masks[0]
     length = prompts.shape[-2]
     prompts = prompts.flatten(1, -2)
     place = torch.arange(prompts.shape[1], device=prompts.device)

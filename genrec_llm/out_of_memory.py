@@ -24,6 +24,8 @@ from genrec_llm.tasks import Task
 
 ADAM_BYTES, BUCKET_BYTES = 8, 4
 """Two moments in fp32 for a trained number; its place in DDP's buckets, or its fp32 master under DeepSpeed."""
+REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Words of plain RuntimeErrors: of torch's allocator of main memory, and of what asks the driver past that of a GPU."""
 STRONGER = {"ddp": ("zero2", "zero3"), "zero1": ("zero2", "zero3"), "zero2": ("zero3",)}
 """Strategies that share out more."""
 
@@ -36,8 +38,8 @@ class OutOfMemory(ConfigError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of a GPU or of the machine was refused."""
-    refused = "can't allocate memory" in str(error)  # torch's allocator of main memory raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and refused)
+    refused = isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArguments) -> int:
@@ -57,6 +59,10 @@ def fitting_accumulation(model: nn.Module, task: Task, args: GenRecTrainingArgum
             "estimate` which --gradient-accumulation-steps fits"
         )
     model.to(args.device)
+    if args.gradient_checkpointing:  # which the Trainer turns on in `train`, and which decides what fits
+        backbone = unwrapped(model)
+        enable = getattr(backbone, "activation_checkpointing_enable", None)  # as transformers 5.24 names it
+        (enable or backbone.gradient_checkpointing_enable)(args.gradient_checkpointing_kwargs)
     steps = -(-len(task.lengths) // args.global_batch_size)
     most = len(task.lengths) // steps // args.world_size  # of the smallest global batch
     accumulation = min(args.gradient_accumulation_steps, most)
@@ -86,6 +92,7 @@ def _fits(model: nn.Module, heaviest: dict[str, Any], args: GenRecTrainingArgume
     beside = trained * (ADAM_BYTES + (BUCKET_BYTES if args.world_size > 1 else 0))
     devices = [args.device] if args.device.type == "cuda" else []
     fits = True
+    aside = batch = loss = None
     with torch.random.fork_rng(devices):
         try:
             aside = torch.empty(beside, dtype=torch.uint8, device=args.device)
@@ -93,11 +100,11 @@ def _fits(model: nn.Module, heaviest: dict[str, Any], args: GenRecTrainingArgume
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = model.train()(**batch).loss
             loss.backward()
-            del aside, batch, loss
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             fits = False
+    del aside, batch, loss  # or the cache below has nothing to give back
     model.zero_grad(set_to_none=True)
     gc.collect()
     if devices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense
 from genrec_llm import kernels
 from genrec_llm.batching import as_tensors
 from genrec_llm.kernels import PackedStates, quicken
-from genrec_llm.model import IdTokens, add_lora, load_backbone
+from genrec_llm.model import IdTokens, add_lora, load_backbone, unwrapped
 from genrec_llm.packing import Packing
 from genrec_llm.tasks import MaskedItem, NextItem, PromptLayout, Sequences
 
@@ -204,10 +205,8 @@ def test_states_are_projected_once_a_token_where_an_adapter_has_dropout_and_neve
     torch.testing.assert_close(quick, stock, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_computed_again_for_a_gpus_memory_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`_absorbed` under torch's checkpoint, as it runs on a GPU."""
-    from torch.utils.checkpoint import checkpoint
-
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_computed_again_for_a_gpus_memory_is_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     module = cross_attention(["q", "v"])
     layer = next(part for part in module.modules() if isinstance(part, T5Attention))
     quicken(module)
@@ -217,10 +216,14 @@ def test_what_is_computed_again_for_a_gpus_memory_is_the_same(monkeypatch: pytes
     def called(queries: Tensor, states: Tensor) -> Tensor:
         return layer(queries, mask=mask, key_value_states=states)[0]
 
-    expected = results(called, inputs, module.parameters())
-    plain = kernels._absorbed
-    monkeypatch.setattr(kernels, "_absorbed", lambda *args: checkpoint(plain, *args, use_reentrant=False))
-    for one, other in zip(expected, results(called, inputs, module.parameters()), strict=True):
+    def seeded() -> list[Tensor]:
+        torch.manual_seed(3)  # the same dropout, which the second computation has to draw again
+        return results(called, inputs, module.parameters())
+
+    layer.dropout = dropout
+    expected = seeded()
+    monkeypatch.setattr(kernels, "_computes_again", lambda query: True)
+    for one, other in zip(expected, seeded(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -350,6 +353,30 @@ def test_a_quickened_model_has_the_loss_and_gradients_of_the_plain_one_on_packed
         assert found.keys() == expected.keys() and len(found) > 10
         for name, value in expected.items():
             assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_are_computed_again_give_the_same_on_packed_rows(dropout: float, model: nn.Module) -> None:
+    """Activation checkpointing, with three classes of length and a place without an example."""
+    quicken(model)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = dropout
+    task = tasks(LAYOUT)[0]
+    fitting = Packing.fitting([task.lengths], most_classes=3)
+    (examples, longest), *others = fitting.classes
+    shapes = replace(fitting, classes=((examples + 1, longest), *others))
+    batch = as_tensors(shapes.pack(task.batch(0, np.arange(len(task.lengths)))))
+    results = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(1)
+        results.append(loss_and_gradients(model, batch))
+    kept, again = results
+    assert kept.keys() == again.keys() and len(kept) > 10
+    for name, value in kept.items():
+        assert torch.equal(again[name], value), name
 
 
 def test_weights_and_their_names_stay_what_they_are(model: nn.Module) -> None:

@@ -68,6 +68,21 @@ def test_trying_uses_up_no_draw(home: Path, tmp_path: Path) -> None:
         ).read_bytes()
 
 
+def test_the_layers_that_are_computed_again_are_so_in_the_try_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed_again: list[bool] = []
+    forward = GenRecBackbone.forward
+
+    def watched(self: GenRecBackbone, *args: Any, **kwargs: Any) -> Any:
+        computed_again.append(self.is_gradient_checkpointing)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenRecBackbone, "forward", watched)
+    tiny.train(home / "base", home, tmp_path, "--max-steps", 1, "--auto-batch-size", "--gradient-checkpointing", "true")
+    assert computed_again[0]
+
+
 def test_where_not_even_one_example_fits_the_mend_is_named(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +122,8 @@ def test_memory_that_the_machine_refuses_is_known_as_such() -> None:
     message = done.stderr.splitlines()[-1]
     assert message.startswith("RuntimeError: ") and is_out_of_memory(RuntimeError(message)), message
     assert not is_out_of_memory(RuntimeError("connection closed")) and is_out_of_memory(MemoryError())
+    for refused in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"):
+        assert is_out_of_memory(RuntimeError(refused))
 
 
 SHAPE = Shape.from_config({"model_type": "t5", "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32,
