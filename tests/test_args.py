@@ -164,7 +164,9 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_a_gradient(tmp_p
     assert found.startswith("gradient_checkpointing_kwargs:") and "--packing false" in found
     for mended in (yaml.replace("use_reentrant: true", "use_reentrant: false"), yaml + "kernels: false\n"):
         parsed(tmp_path, mended, classes=(GenRecTrainingArguments,))
-    (silent,) = parsed(tmp_path, yaml.replace("use_reentrant", "preserve_rng_state"), classes=(GenRecTrainingArguments,))
+    (silent,) = parsed(
+        tmp_path, yaml.replace("use_reentrant", "preserve_rng_state"), classes=(GenRecTrainingArguments,)
+    )
     assert silent.gradient_checkpointing_kwargs == {"preserve_rng_state": True, "use_reentrant": False}
 
 
