@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from genrec_llm import __version__
 from genrec_llm.batching import as_tensors
 from genrec_llm.card import write_card
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
@@ -49,9 +50,9 @@ round otherwise than added to it, once a layer; fp32 has 24 bits, bf16 has 8."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("genrec-llm", "torch", "transformers", "peft", "accelerate")
-    return {name: importlib.metadata.version(name) for name in names}
+    """Versions of what a result depends on; this package need not be installed, it may run from a checkout."""
+    names = ("torch", "transformers", "peft", "accelerate")
+    return {"genrec-llm": __version__} | {name: importlib.metadata.version(name) for name in names}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -313,7 +313,10 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that runs, with "+changes" where it has any; None outside git, or installed in another's."""
+    """Commit of the checkout that runs, with "+changes" where it has any.
+
+    Outside git, or installed in another's, what the environment variable GENREC_COMMIT says, or None.
+    """
     folder, here = Path(__file__).parent, Path(__file__).name
     try:
         subprocess.run(["git", "ls-files", "--error-unmatch", here], cwd=folder, capture_output=True, check=True)
@@ -322,7 +325,7 @@ def git_commit() -> str | None:
             ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GENREC_COMMIT")
     return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 

@@ -44,17 +44,24 @@ def job(arm: str, **changes: Any) -> Job:
 # --- training: what is timed is right ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_arm_moves_the_rows_it_should_and_those_of_one_objective_have_one_loss(
-    data: Data, tmp_path_factory: pytest.TempPathFactory
+    dtype: torch.dtype, data: Data, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    backbone, settings = bench_train.backbone, bench_train.settings
+    bf16 = {"bf16": dtype == torch.bfloat16}  # as on a GPU
+    monkeypatch.setattr(bench_train, "backbone", lambda kind, shape: backbone(kind, shape).to(dtype))
+    monkeypatch.setattr(bench_train, "settings", lambda folder, job: settings(folder, job) | bf16)
     folder = tmp_path_factory.mktemp("arms")
     found = {arm: check(bench_train.trainer_of(job(arm), data, str(folder)), SHAPES["tiny"].layout(data))
              for arm in bench_train.ARMS}  # fmt: skip
     assert all(one["faults"] == [] for one in found.values()), found
-    refuse(found, bf16=False)
+    refuse(found)
+    losses = [found[arm]["loss"] for arm in bench_train.WHOLE_SOFTMAX]
+    assert max(losses) - min(losses) < 1e-6 * max(losses)
     assert found["ours"]["loss"] < found["same-loss"]["loss"]  # over fewer candidates
     with pytest.raises(ConfigError, match="different objectives"):
-        refuse({"a": found["a"], "same-loss": found["ours"]}, bf16=False)
+        refuse({"a": found["a"], "same-loss": found["ours"]})
 
 
 def test_a_rival_that_transformers_has_tied_is_refused(data: Data, tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_rival_that_transformers_has_tied_is_refused(data: Data, tmp_path: Pat
     found = check(wrong, SHAPES["tiny"].layout(data))
     assert any("that the encoder read did not move" in fault for fault in found["faults"])
     with pytest.raises(ConfigError, match="nothing was timed"):
-        refuse({"a": found}, bf16=False)
+        refuse({"a": found})
 
 
 def test_rows_that_should_stay_are_looked_at_too(data: Data, tmp_path: Path) -> None:
@@ -90,6 +97,7 @@ def test_the_rival_reads_our_examples(data: Data, tmp_path: Path) -> None:
     assert np.array_equal(collated["labels"][:, -1], SHAPES["tiny"].layout(data).base + batch["labels"])
     assert (collated["labels"][:, :-1] == -100).all()
     assert sorted(rival.train_dataset["length"]) == sorted(ours.task.lengths.tolist())
+    assert isinstance(rival._get_train_sampler().lengths, list)  # of a column of datasets each look-up is slow
 
 
 def test_a_training_argument_that_does_not_exist_is_refused(data: Data, tmp_path: Path) -> None:
@@ -134,6 +142,9 @@ def test_every_block_has_the_same_batches_and_a_batch_by_length_has_less_padding
         whole: Any = bench_train.trainer_of(job(arm, steps=0), data, str(tmp_path)).get_train_dataloader()
         tokens[arm] = sum(batch["input_ids"].numel() for batch in whole)
         assert Fixed(whole, 4).representative == pytest.approx(1, rel=0.1)
+        some = list(whole.batch_sampler)[:5]
+        collated = [whole.collate_fn(whole.dataset.__getitems__(batch))["input_ids"] for batch in some]
+        assert bench_train.padded_tokens(whole, some) == [batch.numel() for batch in collated]
     assert tokens["b"] < 0.9 * tokens["a"]
 
 
@@ -170,6 +181,80 @@ def test_a_step_that_waits_for_its_batch_is_told(arm: str, data: Data, tmp_path:
     assert min(block["seconds"]["waiting"] for block in link.sent[2:]) < 3 * pause
 
 
+@pytest.mark.parametrize("arm", ["b", "ours"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_batches_of_a_block_are_pinned_as_those_of_the_trainer_are(
+    arm: str, pinned: bool, data: Data, tmp_path: Path
+) -> None:
+    trainer: Any = bench_train.trainer_of(job(arm), data, str(tmp_path))
+    trainer.args.dataloader_pin_memory = pinned
+    assert isinstance(trainer.get_train_dataloader().batch_sampler, Fixed)
+    assert trainer.get_train_dataloader().pin_memory is pinned
+
+
+# --- training: arms that do not fit together ---------------------------------------------------------------------------
+
+RIGHT = {"loss": 5.0, "faults": []}
+
+
+def jobs_of(*arms: str) -> list[Job]:
+    return [job(arm, blocks=5) for arm in arms]
+
+
+def test_one_at_a_time_an_arm_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def checked(one: Job, folder: str) -> dict[str, Any]:
+        done.append(f"check {one.arm}")
+        return RIGHT if one.arm != "same-loss" else {"loss": 5.0, "faults": ["an output row did not move"]}
+
+    def timed(jobs: list[Job], folder: str) -> dict[str, dict[str, list[float]]]:
+        (one,) = jobs
+        done.append(f"time {one.arm}")
+        if one.arm == "a":
+            raise ConfigError("(a): its process ended (1); its last words: out of memory")
+        return {one.name: {"ms": [1.0]}}
+
+    monkeypatch.setattr(bench_train, "checked", checked)
+    monkeypatch.setattr(bench_train, "timed", timed)
+    found = []
+    with pytest.raises(ConfigError) as error:
+        for measured in bench_train.measure(jobs_of("a", "same-loss", "ours", "b"), "", one_at_a_time=True):
+            found.append([*measured])
+    assert done == ["check a", "time a", "check same-loss", "check ours", "time ours", "check b", "time b"]
+    assert found == [[bench_train.ARMS["ours"]], [bench_train.ARMS["ours"], bench_train.ARMS["b"]]]
+    assert len(error.value.problems) == 2 and "out of memory" in error.value.problems[0]
+
+
+def test_arms_that_take_turns_are_all_checked_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(bench_train, "checked", lambda one, folder: done.append(f"check {one.arm}") or RIGHT)
+    monkeypatch.setattr(bench_train, "timed", lambda jobs, folder: done.append(f"time {len(jobs)}") or {"x": {}})
+    assert list(bench_train.measure(jobs_of("b", "ours"), "")) == [{"x": {}}]
+    assert done == ["check b", "check ours", "time 2"]
+
+
+def test_arms_are_ended_where_one_of_them_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Failing:
+        def __init__(self, one: Job, folder: str) -> None:
+            self.job = one
+
+        def answer(self) -> dict[str, Any]:
+            if self.job.arm == "ours":
+                raise ConfigError("out of memory")
+            return {"examples": 1, "representative": 1.0}
+
+        def end(self) -> None:
+            ended.append(self.job.arm)
+
+    monkeypatch.setattr(bench_train, "Arm", Failing)
+    with pytest.raises(ConfigError, match="out of memory"):
+        bench_train.timed(jobs_of("b", "ours"), "")
+    assert ended == ["b", "ours"]
+
+
 # --- the top 20 -------------------------------------------------------------------------------------------------------
 
 
@@ -196,9 +281,33 @@ def test_an_arm_whose_lists_differ_is_refused(bench: Bench) -> None:
     ]
 
 
-def test_the_fastest_batch_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_topn, "timed", lambda ask, size: {"CPU": abs(size - 16), "wall": size})
-    assert bench_topn.best_size(lambda size: np.empty(0, dtype=np.int64), [4, 16, 64]) == 16
+def test_the_fastest_batch_size_is_taken_after_a_pass_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def timed(ask: Any, size: int) -> dict[str, float]:
+        asked.append(("timed", size))
+        return {"CPU": abs(size - 16), "wall": size}
+
+    monkeypatch.setattr(bench_topn, "timed", timed)
+    assert bench_topn.best_size(lambda size: asked.append(("untimed", size)), [64, 4, 16]) == 16
+    assert asked == [(how, size) for size in (4, 16, 64) for how in ("untimed", "timed")]
+
+
+def test_a_batch_size_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(size: int) -> Any:
+        if size > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_topn, "timed", lambda ask, size: {"GPU": 1 / size, "wall": 1.0})
+    assert bench_topn.best_size(ask, [16, 64, 4]) == 16
+    with pytest.raises(ConfigError, match="32 users do not fit"):
+        bench_topn.best_size(ask, [32, 64])
+
+    def broken(size: int) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        bench_topn.best_size(broken, [4])
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
@@ -226,6 +335,20 @@ def test_ratios_are_of_the_best_blocks_of_one_run_and_rows_of_other_benches_stay
         ("ours", "(a)", 1, 0.25),
     ]
     assert "2.00x" in table(rows[4:]) and "0.25\n" in table(rows[4:]) + "\n"
+
+
+def test_files_of_several_calls_are_shown_together_and_the_last_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    record(paths[0], compare("train", "s", measured(1, 3), ["(a)"], MADE))
+    record(paths[0], compare("top", "s", measured(1, 7), ["(a)"], MADE))
+    record(paths[1], compare("train", "s", measured(1, 5), ["(a)"], MADE))
+    monkeypatch.setattr(sys, "argv", ["bench_results.py", *map(str, paths)])
+    bench_results.main()
+    printed = capsys.readouterr().out
+    assert printed.count("train (s; h, commit c)") == printed.count("top (s; h, commit c)") == 1
+    assert "7.00x" in printed and "5.00x" in printed and "3.00x" not in printed
 
 
 def test_arms_that_were_not_measured_alike_are_not_compared() -> None:
@@ -301,6 +424,18 @@ def test_arms_take_turns_as_processes_of_their_own_and_leave_a_table_and_a_pictu
         env=tiny.environment(), check=True, timeout=120,
     )  # fmt: skip
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_slow_arm_of_the_lists_may_have_fewer_users(tmp_path: Path) -> None:
+    log, out = tiny.save_log(tmp_path / "log.csv", users=50, items=60), tmp_path / "speed.json"
+    command = [sys.executable, "tools/bench_topn.py", "--dataset", str(log), "--shape", "tiny", "--users", "40",
+               "--prefix-users", "7", "--batches", "8", "32", "--out", str(out)]  # fmt: skip
+    printed = tiny.run(command)
+    assert "the same for 40 users, (c)'s for 7" in printed
+    rows = read_json(out)
+    assert {row["bench"] for row in rows} == {"top 20, tiny, 1 thread"}
+    assert all("40 validation users (7 for (c))" in row["shape"] and row["value"] > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -266,8 +266,11 @@ def test_the_commit_is_never_that_of_a_checkout_that_it_was_only_installed_in(
     git("init")
     git("add", "shop.py")
     git("commit", "-m", "the shop's own")
+    monkeypatch.delenv("GENREC_COMMIT", raising=False)
     monkeypatch.setattr(runs_module, "__file__", str(installed))
     assert runs_module.git_commit() is None
+    monkeypatch.setenv("GENREC_COMMIT", "said")
+    assert runs_module.git_commit() == "said"
     git("add", ".")
     git("commit", "-m", "and this project")
     assert runs_module.git_commit() == git("rev-parse", "HEAD")

@@ -1,8 +1,10 @@
 """The figures of the benchmarks: what a row of docs/results/speed_*.json holds, the table of them, and their picture.
 
     python tools/bench_results.py docs/results/speed_cpu.json --plot docs/results/speed_cpu.png
+    python tools/bench_results.py first/speed_gpu.json second/speed_gpu.json    # together
 
 `bench_train.py` and `bench_topn.py` write the rows, each with the ratio to a rival that was measured in the same run.
+Of a bench that several files have, the rows of the last are shown.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genrec_llm.errors import counted
 from genrec_llm.files import atomic_file, read_json, write_json
 
 GIB = 2**30
@@ -83,11 +86,21 @@ def compare(bench: str, shape: str, measured: Measured, rivals: Sequence[str], m
     return rows
 
 
+def merged(rows: Sequence[Mapping[str, Any]], newer: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows with newer ones in place of those of the same benches; rows of others stay."""
+    benches = {row["bench"] for row in newer}
+    return [*(row for row in rows if row["bench"] not in benches), *newer]
+
+
 def record(path: Path, rows: Sequence[Row]) -> None:
     """Write rows to a json file in place of those of the same benches; rows of others stay."""
-    benches = {row.bench for row in rows}
-    others = [row for row in read_json(path) if row["bench"] not in benches] if path.is_file() else []
-    write_json(path, [*others, *map(asdict, rows)])
+    write_json(path, merged(read_json(path) if path.is_file() else [], list(map(asdict, rows))))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as text, for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -96,8 +109,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}" + ("x" if row["unit"] != MEMORY else "")
         lines.append((row["arm"], row["rival"] or "", f"{row['value']:.4g}", row["unit"], ratio))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return aligned(lines)
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each bench, under its name and where it was measured."""
+    shown = []
+    for bench in dict.fromkeys(row["bench"] for row in rows):
+        of_bench = [row for row in rows if row["bench"] == bench]
+        first = of_bench[0]
+        shown.append(f"{bench} ({first['shape']}; {first['hardware']}, commit {first['commit']})\n{table(of_bench)}")
+    return "\n\n".join(shown)
 
 
 @dataclass
@@ -132,6 +154,13 @@ class Meter:
                 "wall": time.perf_counter() - self.begun[1],
             }
         return {"CPU": time.process_time() - self.begun[0], "wall": time.perf_counter() - self.begun[1]}
+
+
+def processor(threads: int) -> str:
+    """What a bench runs on, for its name."""
+    import torch
+
+    return "GPU" if torch.cuda.is_available() else counted(threads, "thread")
 
 
 def peak_bytes(cuda: bool) -> int:
@@ -176,16 +205,15 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the tables of a file of results; draw them if asked to."""
+    """Print the tables of files of results; draw them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="json file that the benchmarks have written")
+    parser.add_argument("results", type=Path, nargs="+", help="json files that the benchmarks have written")
     parser.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
     args = parser.parse_args()
-    rows = read_json(args.results)
-    for bench in dict.fromkeys(row["bench"] for row in rows):
-        shown = [row for row in rows if row["bench"] == bench]
-        print(f"{bench} ({shown[0]['shape']}; {shown[0]['hardware']}, commit {shown[0]['commit']})")
-        print(table(shown), end="\n\n")
+    rows: list[Mapping[str, Any]] = []
+    for path in args.results:
+        rows = merged(rows, read_json(path))
+    print(tables(rows), end="\n\n")
     if args.plot:
         draw(rows, args.plot)
         print(f"written to {args.plot}")

@@ -7,7 +7,8 @@ Arms: ours, `rank_recommender` with a `Recommender`, which scores all items in o
 `prefix_allowed_tokens_fn`, a Python function that lists what a row may get (c); `generate` with 20 beams and a mask that is
 one tensor (d), and the same in batches of like length, as ours are. All leave out the items of the history. Before
 anything is timed the lists of all arms have to be the same, but for items with equal scores. Each arm has the best of a
-few batch sizes; the arms take turns, and the best of the blocks counts. On a GPU, CUDA events stand in for CPU time.
+few batch sizes, of which those that do not fit into memory are left out; the arms take turns, and the best of the blocks
+counts. On a GPU, CUDA events stand in for CPU time.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import argparse
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_results import Meter, compare, record, table
+from bench_results import Meter, compare, processor, record, table
 from bench_train import SHAPES, RivalT5, resized
 from transformers import GenerationConfig
 from transformers.utils import logging
@@ -34,6 +35,7 @@ from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import EvalData, rank_recommender, user_batches
 from genrec_llm.export import generation_config
 from genrec_llm.loading import MERGED, Loaded
+from genrec_llm.out_of_memory import is_out_of_memory
 from genrec_llm.processes import Processes
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import Data, load_data, provenance
@@ -177,8 +179,23 @@ def timed(ask: Callable[[int], Lists], size: int) -> dict[str, float]:
 
 
 def best_size(ask: Callable[[int], Lists], sizes: Sequence[int]) -> int:
-    """The batch size that took the least time in one try each."""
-    return min(sizes, key=lambda size: next(iter(timed(ask, size).values())))
+    """The batch size that takes the least time once memory is there for it and kernels are chosen.
+
+    Raises:
+        ConfigError: not even the smallest fits.
+    """
+    seconds: dict[int, float] = {}
+    for size in sorted(set(sizes)):
+        try:
+            ask(size)
+            seconds[size] = next(iter(timed(ask, size).values()))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+    if not seconds:
+        raise ConfigError(f"--batches: {min(sizes)} users do not fit into memory: take fewer")
+    return min(seconds, key=lambda size: seconds[size])
 
 
 @exits_cleanly
@@ -191,13 +208,18 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="flan-t5-small")
     parser.add_argument("--users", type=int, default=256, help="validation users, a fixed sample")
     parser.add_argument(
+        "--prefix-users", type=int, help="so many of them for (c), whose Python function is slow; by default all"
+    )
+    parser.add_argument(
         "--batches", nargs="+", type=int, default=[8, 32, 128], help="batch sizes that each arm may choose from"
     )
     parser.add_argument("--blocks", type=int, default=3, help="blocks of each arm, at least 3")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     args = parser.parse_args()
     problems = [f"--blocks: the best of {args.blocks} says little: at least 3"] if args.blocks < 3 else []
-    problems += [f"--{name}: at least 1" for name in ("users", "threads") if getattr(args, name) < 1]
+    few = args.users if args.prefix_users is None else args.prefix_users
+    least = {"users": args.users, "prefix-users": few, "threads": args.threads}
+    problems += [f"--{name}: at least 1" for name, value in least.items() if value < 1]
     if min(args.batches) < 1:
         problems.append("--batches: at least 1 each")
     if problems:
@@ -211,23 +233,28 @@ def main() -> None:
             f"--dataset: {data.vocab.num_items} items are too few for lists of {N} without those of a history"
         )
     bench = Bench.build(args.shape, data, args.users)
+    bench_of_few = replace(bench, data=data.held_out("validation", sample=min(few, args.users)))
+    arms = bench.arms | {PREFIX: bench_of_few.prefix}
+    users = dict.fromkeys(arms, len(bench.data.targets)) | {PREFIX: len(bench_of_few.data.targets)}
     smallest = min(args.batches)
-    bench.refuse_other_lists({arm: ask(smallest) for arm, ask in bench.arms.items()})
-    print(f"checked: the lists of all arms are the same for {len(bench.data.targets)} users", flush=True)
+    for asked, names in ((bench, (OURS, MASK, MASK_BY_LENGTH)), (bench_of_few, (OURS, PREFIX))):
+        asked.refuse_other_lists({arm: asked.arms[arm](smallest) for arm in names})
+    print(f"checked: the lists of all arms are the same for {users[OURS]} users, (c)'s for {users[PREFIX]}", flush=True)
     sizes = {}
-    for arm, ask in bench.arms.items():
+    for arm, ask in arms.items():
         sizes[arm] = best_size(ask, args.batches)
         print(f"batch: {arm}: {sizes[arm]} users", flush=True)
-    measured: dict[str, dict[str, list[float]]] = {arm: {} for arm in bench.arms}
+    measured: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
     for number in range(args.blocks):
-        for arm, ask in bench.arms.items():
+        for arm, ask in arms.items():
             for clock, seconds in timed(ask, sizes[arm]).items():
-                per_user = 1000 * seconds / len(bench.data.targets)
+                per_user = 1000 * seconds / users[arm]
                 measured[arm].setdefault(f"{clock} ms a user", []).append(per_user)
             print(f"block {number + 1}: {arm}: {1000 / per_user:.1f} users/s", flush=True)
-    name = f"top {N}, {args.shape}, {args.threads} thread{'s' * (args.threads > 1)}"
+    name = f"top {N}, {args.shape}, {processor(args.threads)}"
     chosen = ", ".join(f"{size} ({arm})" for arm, size in sizes.items())
-    shape = f"{SHAPES[args.shape]}; {args.dataset}, {len(bench.data.targets)} validation users; batch {chosen}"
+    counts = f"{users[OURS]} validation users" + f" ({users[PREFIX]} for (c))" * (users[PREFIX] < users[OURS])
+    shape = f"{SHAPES[args.shape]}; {args.dataset}, {counts}; batch {chosen}"
     rows = compare(name, shape, measured, RIVALS, provenance())
     print(f"\n{name} ({shape}; best of {args.blocks})\n{table([vars(row) for row in rows])}")
     if args.out:

@@ -9,7 +9,8 @@ Arms: `a`, Seq2SeqTrainer + PEFT with trainable tokens, random batches padded to
 grouped by length; `same-loss`, ours with the softmax over the whole vocabulary that these two compute; `ours`, as it is by
 default. Each is a process of its own that calls `train()`; one computes at a time, a block of steps in turn, and the best of
 the blocks after the first counts. Before that each arm shows, in a process of its own, that a few steps move all rows
-that they should and nothing else, and that those with the same objective have the same loss.
+that they should and nothing else, and that those with the same objective have the same loss. With --one-at-a-time an arm
+is checked and timed, with all the memory to itself, before the next one starts; one that fails leaves the others.
 
 A block is a fair sample of an epoch's batches, the same ones in each block: every arm's own sampler deals out the whole
 data, the batches are sorted by their padded tokens, and --steps of them are taken at equal distances. The block that does
@@ -21,6 +22,7 @@ its loader.
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import os
 import tempfile
@@ -35,7 +37,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from bench_results import GIB, MEMORY, Meter, compare, peak_bytes, record, table
+from bench_results import GIB, MEMORY, Meter, compare, peak_bytes, processor, record, table
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +51,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, parse_args
 from genrec_llm.batching import as_tensors
@@ -73,8 +76,8 @@ LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
 RATE = 1e-3
 CHECKED_STEPS = 3
 CHECKED_EXAMPLES = 64
-SAME_LOSS, SAME_LOSS_BF16 = 1e-4, 2e-2
-"""Largest relative difference of the losses of one objective, whose sums differ in their order: in fp32, in bf16."""
+SAME_LOSS = 1e-4
+"""Largest relative difference of the fp32 losses of one objective, whose sums differ in their order."""
 ARMS = {
     "a": "(a) Seq2SeqTrainer + PEFT, random batches",
     "b": "(b) Seq2SeqTrainer + PEFT, batches by length",
@@ -186,6 +189,15 @@ def spread(costs: Sequence[int], steps: int) -> list[int]:
     return [int(place) for place in np.random.default_rng(0).permutation(order[places])]
 
 
+def padded_tokens(loader: DataLoader[Any], batches: Sequence[Any]) -> list[int]:
+    """Tokens of each batch of a loader's data, padding included."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, datasets.Dataset):  # padded to its longest, which need not be done to be counted
+        lengths = np.array(dataset["length"])
+        return [len(batch) * int(lengths[batch].max()) for batch in batches]
+    return [int(loader.collate_fn(dataset.__getitems__(batch))["input_ids"].numel()) for batch in batches]
+
+
 class Fixed:
     """The same batches in every epoch.
 
@@ -198,10 +210,7 @@ class Fixed:
         batches = list(loader.batch_sampler)
         # The Trainer checks the size of the first batch against that of the epoch's first.
         batches = [batch for batch in batches if len(batch) == len(batches[0])]
-        costs = [
-            int(loader.collate_fn(loader.dataset.__getitems__(batch))["input_ids"].numel())  # type: ignore[attr-defined]
-            for batch in batches
-        ]
+        costs = padded_tokens(loader, batches)
         chosen = spread(costs, steps)
         self.batches, self.largest = [batches[place] for place in chosen], batches[int(np.argmax(costs))]
         self.representative = float(np.mean([costs[place] for place in chosen]) / np.mean(costs))
@@ -246,7 +255,10 @@ class OnSample(Seq2SeqTrainer):
             self.loader = super().get_train_dataloader()
             if self.steps:
                 fixed = Fixed(self.loader, self.steps)
-                self.loader = DataLoader(self.loader.dataset, batch_sampler=fixed, collate_fn=self.loader.collate_fn)
+                self.loader = DataLoader(
+                    self.loader.dataset, batch_sampler=fixed, collate_fn=self.loader.collate_fn,
+                    pin_memory=self.loader.pin_memory,
+                )  # fmt: skip
         return self.loader
 
 
@@ -290,8 +302,9 @@ def backbone(kind: type[T5ForConditionalGeneration], shape: Shape) -> Any:
 
 
 def rows_of(model: Any, data: Data, layout: PromptLayout, *, tie: bool) -> IdTokens:
-    """The same random rows for every arm."""
-    return initial_rows(model, bare_tokenizer("t5"), data.vocab, layout, data.train, method="random", tie=tie)[0]
+    """The same random rows for every arm, in fp32: such as the tables of the rivals, in the backbone's dtype, hold too."""
+    rows, _ = initial_rows(model, bare_tokenizer("t5"), data.vocab, layout, data.train, method="random", tie=tie)
+    return rows.to(model.dtype).float()
 
 
 def settings(folder: str, job: Job) -> dict[str, Any]:
@@ -341,6 +354,13 @@ class RivalT5(T5ForConditionalGeneration):
 
 class Rival(OnSample):
     """`Seq2SeqTrainer` on a fair sample."""
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """As the Trainer's, which sorts by a column that datasets 5 reads anew for each example: 14 s an epoch of Beauty."""
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.lengths = list(sampler.lengths)
+        return sampler
 
 
 def rival_data(task: NextItem, layout: PromptLayout, batch: int) -> datasets.Dataset:
@@ -492,15 +512,15 @@ def faults(before: Tables, after: Tables, layout: PromptLayout, seen: Tensor) ->
 
 @torch.no_grad()
 def first_loss(trainer: Any) -> float:
-    """Loss of the first examples of the data, dropout off."""
-    trainer.model.eval()
+    """Loss of the first examples of the data, dropout off, in fp32: in bf16 the arms round their scores differently."""
+    model = copy.deepcopy(trainer.model).float().eval()
     if isinstance(trainer, GenRecTrainer):
         places = np.arange(min(CHECKED_EXAMPLES, len(trainer.task.lengths)))
         batch = as_tensors(trainer.task.batch(0, places))
     else:
         places = range(min(CHECKED_EXAMPLES, len(trainer.train_dataset)))
         batch = trainer.data_collator([trainer.train_dataset[place] for place in places])
-    return float(trainer.model(**{name: value.to(trainer.args.device) for name, value in batch.items()}).loss)
+    return float(model(**{name: value.to(trainer.args.device) for name, value in batch.items()}).loss)
 
 
 def check(trainer: Any, layout: PromptLayout) -> dict[str, Any]:
@@ -515,7 +535,7 @@ def check(trainer: Any, layout: PromptLayout) -> dict[str, Any]:
     return {"loss": loss, "faults": faults(before, after, layout, seen.unique().to(before.encoder.device))}
 
 
-def refuse(checks: dict[str, dict[str, Any]], *, bf16: bool) -> None:
+def refuse(checks: dict[str, dict[str, Any]]) -> None:
     """Refuse to time arms that are wrong.
 
     Args:
@@ -526,8 +546,7 @@ def refuse(checks: dict[str, dict[str, Any]], *, bf16: bool) -> None:
     """
     problems = [f"{ARMS[arm]}: {fault}" for arm, found in checks.items() for fault in found["faults"]]
     losses = {arm: found["loss"] for arm, found in checks.items() if arm in WHOLE_SOFTMAX}
-    tolerance = SAME_LOSS_BF16 if bf16 else SAME_LOSS
-    if losses and not max(losses.values()) - min(losses.values()) <= tolerance * max(losses.values()):
+    if losses and not max(losses.values()) - min(losses.values()) <= SAME_LOSS * max(losses.values()):
         shown = ", ".join(f"{ARMS[arm]} {loss:.6g}" for arm, loss in losses.items())
         problems.append(f"the arms have different objectives: loss of the same examples before training: {shown}")
     if problems:
@@ -610,48 +629,84 @@ class Arm:
         self.process.join()
 
 
-def measure(jobs: Sequence[Job], folder: str) -> dict[str, dict[str, list[float]]]:
-    """Check all arms, then time them in turn; arm → unit → one value for each block that counts.
+def checked(job: Job, folder: str) -> dict[str, Any]:
+    """What `check` finds of an arm, in a process of its own.
 
     Raises:
-        ConfigError: an arm is wrong, or its process ended.
+        ConfigError: the process ended.
     """
-    checks = {}
-    for job in jobs:
-        arm = Arm(replace(job, steps=CHECKED_STEPS, blocks=1), folder, checking=True)
-        checks[job.arm] = found = arm.answer()
-        arm.process.join()
-        verdict = "all intended rows move, no others" if not found["faults"] else "WRONG"
-        print(f"checked: {job.name}: {verdict}; loss at first {found['loss']:.6g}", flush=True)
-    refuse(checks, bf16=torch.cuda.is_available())
-    arms = []
-    for job in jobs:
-        arms.append(Arm(job, folder))
-        ready = arms[-1].answer()
-        print(
-            f"ready: {job.name}: {ready['examples']:,} examples a block, padded tokens "
-            f"{ready['representative']:.3f} of the epoch's mean",
-            flush=True,
-        )
+    arm = Arm(replace(job, steps=CHECKED_STEPS, blocks=1), folder, checking=True)
+    found: dict[str, Any] = arm.answer()
+    arm.process.join()
+    verdict = "all intended rows move, no others" if not found["faults"] else "WRONG"
+    print(f"checked: {job.name}: {verdict}; loss at first {found['loss']:.6g}", flush=True)
+    return found
+
+
+def timed(jobs: Sequence[Job], folder: str) -> dict[str, dict[str, list[float]]]:
+    """Time arms in turn, all of them in memory; arm → unit → one value for each block that counts.
+
+    Raises:
+        ConfigError: the process of one of them ended.
+    """
+    arms: list[Arm] = []
     measured: dict[str, dict[str, list[float]]] = {job.name: {} for job in jobs}
-    for number in range(jobs[0].blocks - 1):  # what a Trainer does at the very end is no part of a step
+    try:
+        for job in jobs:
+            arms.append(Arm(job, folder))
+            ready = arms[-1].answer()
+            print(
+                f"ready: {job.name}: {ready['examples']:,} examples a block, padded tokens "
+                f"{ready['representative']:.3f} of the epoch's mean",
+                flush=True,
+            )
+        for number in range(jobs[0].blocks - 1):  # what a Trainer does at the very end is no part of a step
+            for arm in arms:
+                done = arm.block()
+                values = measured[arm.job.name]
+                for clock, seconds in done["seconds"].items():
+                    whole = arm.job.steps == 0
+                    unit = f"{clock} s an epoch" if whole else f"{clock} ms an example"
+                    values.setdefault(unit, []).append(seconds if whole else 1000 * seconds / done["examples"])
+                values.setdefault(MEMORY, []).append(done["peak"] / GIB)
+                rate = done["examples"] / done["seconds"]["wall"]
+                print(f"block {number or 'discarded'}: {arm.job.name}: {rate:.1f} examples/s", flush=True)
+    finally:
         for arm in arms:
-            done = arm.block()
-            values = measured[arm.job.name]
-            for clock, seconds in done["seconds"].items():
-                whole = arm.job.steps == 0
-                unit = f"{clock} s an epoch" if whole else f"{clock} ms an example"
-                values.setdefault(unit, []).append(seconds if whole else 1000 * seconds / done["examples"])
-            values.setdefault(MEMORY, []).append(done["peak"] / GIB)
-            rate = done["examples"] / done["seconds"]["wall"]
-            print(f"block {number or 'discarded'}: {arm.job.name}: {rate:.1f} examples/s", flush=True)
-    for arm in arms:
-        arm.end()
+            arm.end()
     # Memory is that of the last block: all before it are in it.
     return {
         name: {unit: list_[-1:] if unit == MEMORY else list_[1:] for unit, list_ in values.items()}
         for name, values in measured.items()
     }
+
+
+def measure(
+    jobs: Sequence[Job], folder: str, *, one_at_a_time: bool = False
+) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """Check arms, then time them; all that is measured so far, each time that there is more of it.
+
+    Args:
+        one_at_a_time: check and time one arm after the other, each with all the memory; one that fails leaves the others.
+
+    Raises:
+        ConfigError: at the end, where an arm is wrong, or its process ended.
+    """
+    checks: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, list[float]]] = {}
+    problems: list[str] = []
+    for together in [[job] for job in jobs] if one_at_a_time else [jobs]:
+        try:
+            found = checks | {job.arm: checked(job, folder) for job in together}
+            refuse(found)
+            checks, measured = found, measured | timed(together, folder)
+        except ConfigError as error:
+            problems += error.problems
+            print(f"failed: {', '.join(job.name for job in together)}", flush=True)
+        else:
+            yield measured
+    if problems:
+        raise ConfigError(problems)
 
 
 @exits_cleanly
@@ -670,6 +725,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="blocks of each arm that count, at least 3")
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in every arm")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="one arm after the other, for shapes of which several do not fit"
+    )
     parser.add_argument(
         "--ours", action="append", default=[], metavar="NAME=VALUE", help="a training argument of our arms; repeatable"
     )
@@ -699,16 +757,17 @@ def main() -> None:
         )
         for arm in dict.fromkeys(args.arms)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        measured = measure(jobs, folder)
     part = "whole epochs" if args.epoch else f"{steps} steps spread over an epoch"
-    bench = f"{'epoch' if args.epoch else 'train step'}, {args.shape}, {args.threads} thread{'s' * (args.threads > 1)}"
+    bench = f"{'epoch' if args.epoch else 'train step'}, {args.shape}, {processor(args.threads)}"
     shape = f"{SHAPES[args.shape]}; {args.dataset}, all prefixes; batch {args.batch}; {part}"
-    rows = compare(bench, shape, measured, [ARMS[arm] for arm in RIVALS if arm in args.arms], provenance())
-    print(f"\n{bench} ({shape}; best of {args.blocks})\n{table([vars(row) for row in rows])}")
-    if args.out:
-        record(args.out, rows)
-        print(f"written to {args.out}")
+    with tempfile.TemporaryDirectory() as folder:
+        for measured in measure(jobs, folder, one_at_a_time=args.one_at_a_time):
+            rivals = [ARMS[arm] for arm in RIVALS if ARMS[arm] in measured]
+            rows = compare(bench, shape, measured, rivals or list(measured), provenance())
+            print(f"\n{bench} ({shape}; best of {args.blocks})\n{table([vars(row) for row in rows])}", flush=True)
+            if args.out:
+                record(args.out, rows)
+                print(f"written to {args.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,825 +1,273 @@
-"""Everything that only a GPU can show, in parts; figures as json beside those of the other benchmarks.
+"""Everything that only a GPU can show, part by part within a budget of seconds, and a table of what was found and asked for.
 
-    python tools/gpu_check.py --data-dir ../shared/data --out gpu_results
-    python tools/gpu_check.py --data-dir ../shared/data --out gpu_results --parts train profile
-    python tools/gpu_check.py --data-dir ../shared/data --out /tmp/gpu --shape tiny --steps 2 --batch 64 --users 50  # CPU
+    export PYTHONPATH=.    # from a checkout that is not installed, in its folder
+    python tools/gpu_check.py --data-dir ../shared/data --out try --shape tiny --steps 2 --batch 64 --users 50  # first
+    python tools/gpu_check.py --data-dir ../shared/data --out gpu_results --parts imports ceiling train rank profile
+    python tools/gpu_check.py --data-dir ../shared/data --out gpu_results --parts exact sync rivals
+    python tools/gpu_check.py --data-dir ../shared/data --out gpu_results --parts rivals-at-size compile
+    python tools/gpu_check.py --data-dir ../shared/data --out gpu_results --parts stages quantized auto-batch
 
-Parts, in this order without --parts: `ceiling`, what a product of 8192³ reaches; `exact`, the kernels, packed rows and
-lists against what they stand for; `train`, steps at Flan-T5-XL's shape with real lengths and with histories of about 61
-items; `rank`, the one-step path; `sync`, where the host waits in a step that is not logged; `profile`, three steps by
-kernel; `compile`, --torch-compile without and with CUDA graphs; `rivals`, bench_train.py and bench_topn.py at
-Flan-T5-small's shape; `rivals-at-size`, bench_train.py at XL's with a batch of 128; `stages`, both stages; `quantized`,
-nf4; `auto-batch`, a batch that does not fit.
+The first line takes all parts, on a CPU too, in fp32: a quick try of the machine, whose figures say nothing. Without
+--parts all run in this order, those that must be shown first; gpu_parts.py says what each is. A part is a process of its
+own, which writes after each finding: `speed_gpu.json` in the form of bench_results.py, `gpu.json` with all else,
+`profile.txt`. What earlier calls left in --out stays, and counts in the table. A part that fails is recorded with its
+traceback, the others go on, and the exit status is 1. A part that is not done within --seconds of the whole call is
+stopped with all it has started; those for which no time is left are named.
 
-Each part is a process of its own, has nine minutes, and writes after each finding: `speed_gpu.json` in the form of
-bench_results.py, `gpu.json` with all else, `profile.txt`. A part that fails is recorded with its traceback, the others
-go on, and the exit status is 1. Weights are random. On a CPU everything runs too, in fp32, and its figures say nothing
-of a GPU.
+What a machine without network needs: docs/speed.md, "On a GPU". Where there is no git, GENREC_COMMIT says whose figures
+these are.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
-import multiprocessing
-import re
+import os
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+import tomllib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import bench_train
-import numpy as np
-import torch
-from bench_results import GIB, MEMORY, Meter, compare, peak_bytes, record, table
-from bench_topn import MASK, OURS, Bench, timed
-from bench_train import LORA, SHAPES, Job, backbone, rows_of
-from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from bench_results import MEMORY, aligned, tables
+from packaging.requirements import Requirement
 
-from genrec_llm import kernels
-from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-from genrec_llm.batching import as_tensors, train_loader
-from genrec_llm.decoding import mask_seen_, top_items
 from genrec_llm.errors import ConfigError, exits_cleanly
-from genrec_llm.evaluation import user_batches
-from genrec_llm.files import atomic_file, read_json, write_json
-from genrec_llm.memory import Run, Shape, estimate_run, operations
-from genrec_llm.model import (
-    GenRecBackbone,
-    GenRecUntiedT5,
-    Quantization,
-    add_lora,
-    bare_tokenizer,
-    load_backbone,
-    quantized,
-    ready_to_train,
-)
-from genrec_llm.rows import initial_rows
-from genrec_llm.runs import Data, load_data, provenance
-from genrec_llm.tasks import IntArray, MaskedItem, NextItem, Sequences
-from genrec_llm.trainer import GenRecTrainer
-
-CUDA = torch.cuda.is_available()
-CLOCK = "GPU" if CUDA else "CPU"
-MOST_SECONDS = 540
-"""Of a part."""
-BLOCKS = 3
-"""That count, of which the best is taken."""
-LONG_HISTORY, LONG_SEQUENCE, LONG_USERS = 100, 128, 512
-"""Prefixes of 1 … 127 items of which at most 100 are read have 61.0 on average: 64.0 tokens with user, mask and end."""
-LISTS, LISTED_USERS = 20, 64
-
-
-@dataclass
-class Check:
-    """One part as it runs: what it was asked for, and where its findings go.
-
-    Attributes:
-        data: what is trained on and ranked.
-        found: facts noted so far.
-        measured: bench and shape → arm → unit → values, recorded so far.
-    """
-
-    part: str
-    data: Data
-    args: argparse.Namespace
-    found: list[dict[str, Any]] = field(default_factory=list)
-    measured: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = field(default_factory=dict)
-
-    @property
-    def small(self) -> str:
-        """A shape for comparisons in higher precision and with rivals."""
-        return "flan-t5-small" if self.args.shape == "flan-t5-xl" else str(self.args.shape)
-
-    def note(self, **facts: Any) -> None:
-        """Print a finding and write it."""
-        print(f"{self.part}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-        self.found.append(facts)
-        self.write()
-
-    def write(self, **ending: Any) -> None:
-        """Put this part's findings in place of those of an earlier run of it; other parts stay."""
-        path = self.args.out / "gpu.json"
-        parts = read_json(path) if path.is_file() else {}
-        write_json(path, parts | {self.part: {**provenance(), "found": self.found, **ending}})
-
-    def measure(self, bench: str, shape: str, arm: str, values: dict[str, list[float]], rivals: Sequence[str]) -> None:
-        """Record an arm, of its bench the ratio to those of the rivals that were measured before it."""
-        arms = self.measured.setdefault((bench, shape), {})
-        arms[arm] = values
-        rows = compare(bench, shape, arms, [name for name in rivals if name in arms] or list(arms), provenance())
-        record(self.args.out / "speed_gpu.json", rows)
-
-
-def freed() -> None:
-    """Give back what the last model held, so that the next one's peak is its own."""
-    torch.compiler.reset()
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-# --- the ceiling ------------------------------------------------------------------------------------------------------
-
-
-def product_tflops() -> float:
-    """What a product of two square random matrices reaches, bf16 on a GPU: 10^12 operations a second, best of 5."""
-    size, times = (8192, 10) if CUDA else (512, 2)
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    found = torch.mm(left, right)
-    seconds = []
-    for _ in range(5):
-        meter = Meter(CUDA)
-        meter.start()
-        for _ in range(times):
-            torch.mm(left, right, out=found)
-        seconds.append(meter.stop()[CLOCK] / times)
-    return 2 * size**3 / max(min(seconds), 1e-9) / 1e12
-
-
-def ceiling(check: Check) -> None:
-    """Part `ceiling`."""
-    check.note(product_tflops=round(product_tflops(), 2), clock=CLOCK)
-
-
-# --- is it right? -----------------------------------------------------------------------------------------------------
-
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-"""Largest relative error of a tensor (norm of the difference over its norm) that passes, where transformers' own layers
-have not half as much."""
-
-
-def adapted(shape: str, data: Data, dtype: torch.dtype) -> nn.Module:
-    """A model with layers of transformers and LoRA that does something; dropout off."""
-    layout = SHAPES[shape].layout(data)
-    model = backbone(GenRecUntiedT5, SHAPES[shape]).to(dtype)
-    model.add_id_tokens(rows_of(model, data, layout, tie=True).to(model.device), layout.base)
-    found = add_lora(model, **LORA, targets=None, base_name="random", revision=None)
-    for name, parameter in found.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
-    return found.eval()
-
-
-def with_kernels(model: nn.Module, only: str | None = None) -> nn.Module:
-    """A copy that uses the kernels, or only the one of a name (of a function of `kernels`)."""
-    quick = copy.deepcopy(model)
-    kernels.quicken(quick)
-    for module in quick.modules():
-        given = vars(module).get("forward")
-        if only and isinstance(given, MethodType) and given.__func__.__name__ != only:
-            del module.forward
-    return quick
-
-
-def loss_and_gradients(model: nn.Module, batch: Any, *, bf16: bool = False) -> dict[str, Tensor]:
-    """The loss and the gradient of each trained parameter by name, fp64."""
-    device = next(model.parameters()).device
-    model.zero_grad(set_to_none=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        loss = model(**on_device(batch, device)).loss
-    loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    return {name: value.detach().double() for name, value in {"loss": loss, **gradients}.items()}
-
-
-def on_device(batch: Any, device: torch.device) -> dict[str, Any]:
-    """A batch, some of whose values may be tuples of tensors, elsewhere."""
-    return {
-        name: tuple(one.to(device) for one in value) if isinstance(value, tuple) else value.to(device)
-        for name, value in batch.items()
-    }
-
-
-def largest_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """Of all tensors the largest ‖found - wanted‖ / ‖wanted‖, NaN before all, and whose it is."""
-    assert found.keys() == wanted.keys()
-    errors = {name: float((found[name] - value).norm() / value.norm()) for name, value in wanted.items() if value.any()}
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return errors[worst], worst
-
-
-def exact(check: Check) -> None:
-    """Part `exact`: loss and gradients against fp64, checkpointed dropout against the same without, lists against beams."""
-    layout = SHAPES[check.small].layout(check.data)
-    task = NextItem(check.data.train, layout, seed=0)
-    size = min(64, len(task.lengths))
-    loader: Any = train_loader(
-        task, global_batch_size=size, accumulation=1, rank=0, world_size=1, seed=0, packed=True
-    )  # fmt: skip
-    keys = next(iter(loader.batch_sampler))
-    packed = loader.dataset.__getitems__(keys)
-    padded = as_tensors(task.batch(0, np.array([example for _, example in keys])))
-    wrong = []
-
-    def compared(name: str, dtype: torch.dtype, error: float, worst: str, tolerance: float) -> None:
-        passes = error <= tolerance
-        wrong.extend([] if passes else [f"{name}, {dtype}"])
-        check.note(compared=name, dtype=str(dtype), error=error, tolerance=tolerance, tensor=worst, passes=passes)
-
-    for dtype in TOLERANCES:
-        model, bf16 = adapted(check.small, check.data, dtype), dtype == torch.bfloat16
-        wanted = loss_and_gradients(copy.deepcopy(model).double(), padded)
-        error, worst = largest_error(loss_and_gradients(model, padded, bf16=bf16), wanted)
-        tolerance = max(TOLERANCES[dtype], 2 * error)
-        check.note(compared="transformers' layers, padded rows", dtype=str(dtype), error=error, tensor=worst)
-        quick = with_kernels(model)
-        forms = {"transformers' layers, packed rows": (model, packed), "all kernels, padded rows": (quick, padded)}
-        forms |= {"all kernels, packed rows": (quick, packed)}
-        replaced = {module.forward.__name__ for module in quick.modules() if "forward" in vars(module)}
-        forms |= {f"{name.strip('_')}, packed rows": (with_kernels(model, name), packed) for name in sorted(replaced)}
-        for name, (form, batch) in forms.items():
-            found = loss_and_gradients(form, batch, bf16=bf16)
-            compared(name, dtype, *largest_error(found, wanted), tolerance)
-
-        quick.train()
-        drawn = []
-        for again in (kernels.checkpoint, lambda work, *given, use_reentrant: work(*given)):
-            before, kernels.checkpoint = kernels.checkpoint, again
-            set_seed(1)
-            drawn.append(loss_and_gradients(quick, packed, bf16=bf16))
-            kernels.checkpoint = before
-        compared("dropout computed again by checkpoint", dtype, *largest_error(*drawn), TOLERANCES[dtype])
-        del model, quick, forms
-        freed()
-
-    bench = Bench.build(check.small, check.data, LISTED_USERS, dtype=torch.float32)
-    lists, name = {OURS: bench.ours(16), MASK: bench.mask(16)}, f"one-step top {LISTS} and beam search"
-    try:
-        bench.refuse_other_lists(lists)
-    except ConfigError as error:
-        wrong.append(str(error))
-    check.note(compared=name, users=len(bench.data.targets), passes=not any("lists" in one for one in wrong))
-    if wrong:
-        raise RuntimeError(f"not what they stand for: {'; '.join(wrong)}")
-
-
-# --- training steps ---------------------------------------------------------------------------------------------------
-
-
-def long_histories(data: Data) -> Data:
-    """The same catalogue with drawn sequences, items as often as in the data: the examples have 64.0 tokens on average."""
-    drawn = np.random.default_rng(0).choice(data.train.items, size=LONG_USERS * LONG_SEQUENCE)
-    users = 1 + np.arange(LONG_USERS) % (data.vocab.num_user_rows - 1)
-    offsets = np.arange(LONG_USERS + 1) * LONG_SEQUENCE
-    return replace(data, train=Sequences(drawn, offsets, users), max_history=LONG_HISTORY)
-
-
-def operations_an_example(shape: Shape, lengths: IntArray, *, items: int) -> float:
-    """Floating-point operations that a training step needs for one example on average: no padding, nothing computed twice.
-
-    By `memory.operations`, at each of the lengths alone. With n tokens, a prompt of p = 2, width d, heads × size = e,
-    feed-forward f, h heads, r the rank of LoRA, two operations a multiplication and addition:
-
-    - an encoder layer has 4de + 3df elements that each of n tokens meets, and n²e twice for scores and sums;
-    - a decoder layer 4de + 3df of p tokens, p²e twice, and cross-attention as `kernels` computes it: 4de of p tokens (keys
-      and values absorbed into the query and the sum), and p·n·h·d twice;
-    - LoRA on q and v adds r(d + e) elements each; the head scores one state against all items, d × items.
-
-    The frozen matrices cost that forward and again for the gradient that goes on, since rows below them are trained (2
-    times); products of two activations, LoRA and the item rows have a third one (3 times). What is used in place of
-    this (keys and values of transformers' layers, the second forward pass of checkpoint) counts for nothing.
-    """
-    run = Run(
-        items=items, user_rows=1, examples=1, packing=False, strategy="cpu", longest=int(lengths.max()),
-        mean_length=float(lengths.mean()), lora_r=int(LORA["r"]),
-    )  # fmt: skip
-    values, counts = np.unique(lengths, return_counts=True)
-    needed = [operations(shape, run, float(length)) for length in values]
-    return float(np.average(needed, weights=counts))
-
-
-class Blocks(TrainerCallback):
-    """Times each epoch of a fair sample of batches; the first begins with the largest of them and does not count."""
-
-    def __init__(self, sample: Any) -> None:
-        self.sample, self.meter = sample, Meter(CUDA)
-        self.seconds: dict[str, list[float]] = {}
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sample.warming = state.global_step == 0
-        self.meter.start()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for clock, seconds in self.meter.stop().items():
-            self.seconds.setdefault(clock, []).append(seconds)
-
-
-@contextmanager
-def training(
-    check: Check, data: Data, settings: tuple[str, ...] = (), *, blocks: int = BLOCKS, steps: int = 0
-) -> Iterator[tuple[Any, Blocks]]:
-    """Our trainer as in bench_train.py, on batches that stand for an epoch, and the clock of its blocks.
-
-    Args:
-        settings: `name=value` of GenRecTrainingArguments.
-        blocks: that count.
-        steps: micro-batches of a block, by default those asked for.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        steps = steps or check.args.steps
-        job = Job(
-            "ours", check.args.shape, data.name, None, check.args.batch, steps=steps, blocks=1 + blocks,
-            settings=settings,
-        )  # fmt: skip
-        trainer: Any = bench_train.ours(job, data, folder)
-        trainer.steps = steps
-        trainer.counted = True  # micro-batches of the sample are of several global batches
-        clock = Blocks(trainer.get_train_dataloader().batch_sampler)
-        trainer.add_callback(clock)
-        freed()
-        yield trainer, clock
-
-
-DEFAULTS = "ours"
-ARMS: dict[str, tuple[str, ...]] = {
-    DEFAULTS: (),
-    "ours, kernels=false": ("kernels=false",),
-    "ours, packing=false": ("packing=false", "auto_batch_size=true"),  # the longest examples do not fit together
-}
-LONG_ARMS: dict[str, tuple[str, ...]] = {DEFAULTS: ("gradient_accumulation_steps=4",)}
-COMPILED_ARMS: dict[str, tuple[str, ...]] = {
-    DEFAULTS: (),
-    "ours, torch_compile=true": ("torch_compile=true",),
-    "ours, torch_compile_mode=reduce-overhead": ("torch_compile_mode=reduce-overhead",),
-}
-
-
-def time_arms(check: Check, data: Data, arms: dict[str, tuple[str, ...]], about: str) -> None:
-    """Time arms one after the other and note what they reach.
-
-    Raises:
-        RuntimeError: at the end, where arms failed; the others are measured.
-    """
-    best, failed = product_tflops(), []
-    freed()
-    for arm, settings in arms.items():
-        try:
-            time_arm(check, data, arm, settings, about, best)
-        except Exception:  # recorded, and an arm's failure says nothing of the others
-            failed.append(f"{arm}: {traceback.format_exc()}")
-        freed()
-    if failed:
-        raise RuntimeError("\n".join(failed))
-
-
-def time_arm(check: Check, data: Data, arm: str, settings: tuple[str, ...], about: str, best: float) -> None:
-    """Train one arm and note its figures.
-
-    Args:
-        about: what is trained on.
-        best: TFLOP/s of a plain product, measured in this process.
-    """
-    with training(check, data, settings) as (trainer, clock):
-        examples = sum(map(len, clock.sample.batches))
-        trainer.train()
-        peak, task, args = peak_bytes(CUDA), trainer.task, trainer.args
-    shape, config = SHAPES[check.args.shape], SHAPES[check.args.shape].config().to_dict()
-    longest, mean = int(task.lengths.max()), float(task.lengths.mean())
-    estimated = estimate_run(
-        config, ModelArguments(), args, items=data.vocab.num_items, user_rows=data.vocab.num_user_rows, longest=longest,
-        mean_length=mean, strategy="single_gpu" if CUDA else "cpu", processes=1, own_head=True,
-    )  # fmt: skip
-    values = {
-        f"{name} ms an example": [1000 * one / examples for one in seconds[1:]]
-        for name, seconds in clock.seconds.items()
-    }
-    if CUDA:  # of a CPU's process the peak is that of all arms so far
-        values[MEMORY] = [peak / GIB]
-    bench = f"train step, {check.args.shape}, {about}, {CLOCK}, {check.part}"
-    where = f"{shape}; {data.name}, all prefixes, mean {mean:.1f} tokens; batch {check.args.batch}"
-    check.measure(bench, where, arm, values, [DEFAULTS])
-    needed = operations_an_example(Shape.from_config(config, own_head=True), task.lengths, items=data.vocab.num_items)
-    rate = 1000 / max(min(values[f"{CLOCK} ms an example"]), 1e-9)
-    check.note(
-        arm=arm, lengths=about, mean_tokens=round(mean, 2), clock=CLOCK, examples_per_second=round(rate, 1),
-        peak_gib=round(peak / GIB, 2) if CUDA else None, estimated_gib=round(estimated.total / GIB, 2),
-        gflop_an_example=round(needed / 1e9, 3), tflops=round(rate * needed / 1e12, 2), product_tflops=round(best, 2),
-        mfu=round(rate * needed / 1e12 / best, 4), accumulation=args.gradient_accumulation_steps,
-        padded_tokens_of_the_mean=round(clock.sample.representative, 3),
-    )  # fmt: skip
-
-
-def train(check: Check) -> None:
-    """Part `train`."""
-    failed = []
-    long = "drawn histories of about 61 items"
-    for data, arms, about in (
-        (check.data, ARMS, "real lengths"),
-        (long_histories(check.data), LONG_ARMS, long),
-    ):
-        try:
-            time_arms(check, data, arms, about)
-        except RuntimeError as error:
-            failed.append(f"{about}: {error}")
-    if failed:
-        raise RuntimeError("\n".join(failed))
-
-
-def compiled(check: Check) -> None:
-    """Part `compile`."""
-    time_arms(check, check.data, COMPILED_ARMS, "real lengths")
-
-
-# --- where the time goes ----------------------------------------------------------------------------------------------
-
-
-class Waits(TrainerCallback):
-    """Counts what makes the host wait for the GPU from the end of one step to the end of the next, by place in the code.
-
-    By torch's debug mode, which sees copies to and from the host and operators that ask for a value, and warns of each.
-    """
-
-    def __init__(self, after: int) -> None:
-        self.after, self.places = after, Counter[str]()
-        self.guard = warnings.catch_warnings()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.after:
-            self.guard.__enter__()
-            warnings.simplefilter("always")
-            warnings.showwarning = self._see
-            if CUDA:
-                torch.cuda.set_sync_debug_mode("warn")
-        elif state.global_step == self.after + 1:
-            if CUDA:
-                torch.cuda.set_sync_debug_mode("default")
-            self.guard.__exit__(None, None, None)
-
-    def _see(self, message: Any, *about: Any, **more: Any) -> None:
-        if "synchroniz" in str(message):
-            frames = [(Path(frame.filename).name, frame) for frame in traceback.extract_stack()[:-1]]
-            places = [f"{name}:{frame.lineno} {frame.name}" for name, frame in frames if name != "warnings.py"]
-            self.places[" > ".join(places[-3:])] += 1
-
-
-def sync(check: Check) -> None:
-    """Part `sync`."""
-    with training(check, check.data, blocks=1, steps=3) as (trainer, _):
-        waits = Waits(after=4)  # within the second block, when everything is there
-        trainer.add_callback(waits)
-        trainer.train()
-    check.note(steps=1, waits=sum(waits.places.values()), places=dict(waits.places.most_common()), clock=CLOCK)
-
-
-FAMILIES = {
-    "attention and softmax": r"fmha|flash|attention|softmax",
-    "products": r"gemm|cutlass|nvjet|xmma|cublas|gemv|::(add|badd)?b?mm_?$",
-    "copies": r"memcpy|memset|copy",
-    "norms and sums": r"norm|reduce|::sum|::mean",
-    "rows": r"index|embedding|gather|scatter|sort|scan",
-    "optimizer": r"adam|multi_tensor",
-    "elementwise": r"elementwise|vectorized|gelu|dropout|triton",
-}
-"""Kernels by what is in their names, in this order; others are `other`."""
-
-
-class Profiled(TrainerCallback):
-    """Profiles the last block."""
-
-    def __init__(self, block: int) -> None:
-        self.block = block
-        kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] * CUDA)]
-        self.profiler = torch.profiler.profile(activities=kinds)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if round(state.epoch) == self.block:
-            self.profiler.start()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if round(state.epoch) == self.block + 1:
-            if CUDA:
-                torch.cuda.synchronize()
-            self.profiler.stop()
-
-
-def busy_microseconds(spans: Sequence[tuple[float, float]]) -> float:
-    """Of the time in which at least one of the spans (begin, end) runs."""
-    total, reached = 0.0, -np.inf
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
-
-
-def profile(check: Check) -> None:
-    """Part `profile`."""
-    steps = 3
-    with training(check, check.data, blocks=2, steps=steps) as (trainer, clock):
-        watched = Profiled(block=2)
-        trainer.add_callback(watched)
-        trainer.train()
-    profiler, attribute = watched.profiler, "self_device_time_total" if CUDA else "self_cpu_time_total"
-    kind = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
-    # Spans that were only named, such as the optimizer's step, are drawn on the GPU's time as well.
-    ran = [one for one in profiler.key_averages() if one.device_type == kind and not one.is_user_annotation]
-    ran = sorted((one for one in ran if getattr(one, attribute)), key=lambda one: -getattr(one, attribute))
-    total = sum(getattr(one, attribute) for one in ran)
-    shares = Counter[str]()
-    for one in ran:
-        family = next((name for name, part in FAMILIES.items() if re.search(part, one.key.lower())), "other")
-        shares[family] += getattr(one, attribute) / total
-    spans = [
-        (one.time_range.start, one.time_range.end)
-        for one in profiler.events()
-        if one.device_type == kind and not one.is_user_annotation
-    ]
-    busy = busy_microseconds(spans) / 1e6
-    unprofiled = clock.seconds[CLOCK][1]
-    check.note(
-        steps=steps, clock=CLOCK, busy_ms_a_step=round(1000 * busy / steps, 3),
-        step_ms=round(1000 * unprofiled / steps, 3), idle=round(1 - busy / unprofiled, 4) if CUDA else None,
-        launches_a_step=sum(one.count for one in ran) // steps,
-        shares={name: round(share, 4) for name, share in shares.most_common()},
-    )  # fmt: skip
-    for one in ran[:40]:
-        spent = getattr(one, attribute)
-        check.note(kernel=one.key[:160], calls=one.count, ms=round(spent / 1000, 3), share=round(spent / total, 4))
-    with atomic_file(check.args.out / "profile.txt") as temporary:
-        text = profiler.key_averages().table(sort_by=attribute, row_limit=60, max_name_column_width=100)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-# --- ranking ----------------------------------------------------------------------------------------------------------
-
-
-def lists_on_device(bench: Bench, size: int) -> IntArray:
-    """Top lists of all users as `Recommender.recommend` makes them: scores stay on the device, lists alone come back."""
-    batches = user_batches(bench.data, np.arange(len(bench.data.targets)), size)
+from genrec_llm.files import read_json, write_json
+
+PARTS = (
+    "imports", "ceiling", "train", "rank", "profile",
+    "exact", "sync", "rivals",
+    "rivals-at-size", "compile",
+    "stages", "quantized", "auto-batch",
+)  # fmt: skip
+AT_SIZE = "flan-t5-xl"
+SHAPES = (AT_SIZE, "flan-t5-small", "micro", "tiny")
+REPOSITORY = Path(__file__).resolve().parent.parent
+FINDINGS, ROWS = "gpu.json", "speed_gpu.json"
+LEAST_SECONDS, MARGIN = 30, 5
+"""With less left no part begins; a part is stopped so much before the budget ends."""
+LAST_WORDS = 60
+"""Lines of a process that ended without having written why."""
+
+
+def packages() -> list[tuple[str, str, str, bool]]:
+    """Name, bounds, version here and whether it is within them, of all that pyproject.toml asks for."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found = []
-    for users in batches:
-        scores = bench.recommender.score_tensor([bench.data.histories[user] for user in users], bench.data.users[users])
-        found.append(top_items(mask_seen_(scores, [bench.data.seen[user] for user in users]), LISTS)[0])
-    return torch.cat(found).cpu().numpy()[np.argsort(np.concatenate(batches))]
-
-
-def rank(check: Check) -> None:
-    """Part `rank`."""
-    bench = Bench.build(check.args.shape, check.data, check.args.users)
-    users = len(bench.data.targets)
-    arms: dict[str, Callable[[int], IntArray]] = {
-        "ours, rank_recommender": bench.ours,
-        "ours, lists alone come back": partial(lists_on_device, bench),
-    }
-    for arm, ask in arms.items():
-        lists = ask(min(256, users))  # warms up too
-        if len(lists) != users or (lists[:, 0] < 0).any():
-            raise RuntimeError(f"{arm}: {len(lists)} lists for {users} users, or empty ones")
-        tried = {size: timed(ask, size)[CLOCK] for size in (256, 1024, 4096)}
-        size = min(tried, key=lambda one: tried[one])
-        blocks = [timed(ask, size) for _ in range(BLOCKS)]
-        values = {f"{name} ms a user": [1000 * one[name] / users for one in blocks] for name in blocks[0]}
-        where = f"{SHAPES[check.args.shape]}; {check.data.name}, {users} validation users; top {LISTS}"
-        check.measure(f"top {LISTS}, {check.args.shape}, {CLOCK}, {check.part}", where, arm, values, list(arms))
-        rate = 1000 / max(min(values[f"{CLOCK} ms a user"]), 1e-9)
-        check.note(arm=arm, batch=size, users=users, clock=CLOCK, users_per_second=round(rate, 1), tried=tried)
-
-
-# --- rivals -----------------------------------------------------------------------------------------------------------
-
-
-def run_benchmarks(check: Check, *lines: list[str]) -> None:
-    """Run other benchmarks of this folder, each in a process of its own; they write their rows themselves.
-
-    Raises:
-        RuntimeError: at the end, where some of them failed.
-    """
-    args, begun, failed = check.args, time.monotonic(), []
-    common = ["--dataset", args.dataset, "--out", str(args.out / "speed_gpu.json")]
-    common += ["--data-dir", args.data_dir] if args.data_dir else []
-    for tool, *flags in lines:
-        left = MOST_SECONDS - 30 - (time.monotonic() - begun)
+    for wanted in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["quant"]]):
         try:
-            done = subprocess.run(
-                [sys.executable, str(Path(__file__).parent / tool), *flags, *common], stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, timeout=max(1.0, left),
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            failed.append(f"{tool} {' '.join(flags)}: stopped after {left:.0f} s")
-            continue
-        print(done.stdout[-6000:], flush=True)
-        check.note(tool=tool, flags=flags, status=done.returncode)
-        if done.returncode:
-            failed.append(f"{tool} {' '.join(flags)}: status {done.returncode}: {done.stdout[-3000:]}")
-    if failed:
-        raise RuntimeError("\n".join(failed))
+            here = version(wanted.name)
+        except PackageNotFoundError:
+            here = "absent"
+        fits = here != "absent" and wanted.specifier.contains(here, prereleases=True)
+        found.append((wanted.name, str(wanted.specifier), here, fits))
+    return found
 
 
-def rivals(check: Check) -> None:
-    """Part `rivals`: of a small shape."""
-    args = check.args
-    batch, users = min(256, args.batch), min(256, args.users or 256)  # (c) spends 37 ms of the host on each user
-    run_benchmarks(
-        check,
-        ["bench_train.py", "--shape", check.small, "--batch", str(batch), "--steps", str(args.steps)],
-        ["bench_topn.py", "--shape", check.small, "--users", str(users), "--batches", "32", "128", "256"],
+# --- one part ---------------------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of a part, and of all of them."""
+    parser.add_argument("--dataset", default="amazon-beauty", help="as --dataset of the recipes")
+    parser.add_argument("--data-dir", help="folder of the Beauty files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results, those of earlier calls among them")
+    parser.add_argument("--shape", choices=SHAPES, default=AT_SIZE)
+    parser.add_argument("--steps", type=int, default=10, help="micro-batches of a block")
+    parser.add_argument("--batch", type=int, default=1024, help="examples a step")
+    parser.add_argument("--users", type=int, default=0, help="validation users that are ranked, a fixed sample; 0: all")
+
+
+def command_of(part: str, args: argparse.Namespace) -> list[str]:
+    """What runs a part, as it can be typed here."""
+    tool = os.path.relpath(Path(__file__).with_name("gpu_parts.py"))
+    given = {
+        name: value for name, value in vars(args).items() if name not in ("parts", "seconds") and value is not None
+    }
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-u", tool, part, *flags]
+
+
+def shown(command: Sequence[str], seconds: float) -> tuple[str | None, str]:
+    """Run a command in a session of its own, show what it prints, and leave nothing that it has started.
+
+    Returns:
+        How it ended, None where that was well; its last words.
+    """
+    begun, words = time.monotonic(), deque[str](maxlen=LAST_WORDS)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
 
+    def end() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
-def rivals_at_size(check: Check) -> None:
-    """Part `rivals-at-size`: of the shape asked for, all arms in memory together, with a batch that lets them be."""
-    args = check.args
-    run_benchmarks(
-        check,
-        ["bench_train.py", "--shape", args.shape, "--batch", str(min(128, args.batch)), "--steps", str(min(8, args.steps)),
-         "--arms", "b", "a", "ours"],
-    )  # fmt: skip
-
-
-# --- whole stages -----------------------------------------------------------------------------------------------------
-
-
-class Clock(TrainerCallback):
-    """Times the steps after a warm-up that compiles kernels and fills the allocator."""
-
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up, self.started, self.seconds = warm_up, 0.0, 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if CUDA:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if state.global_step == self.warm_up:
-            self.started = now
-        self.seconds = now - self.started
-
-
-def run_stage(
-    check: Check,
-    stage: str,
-    batch: int,
-    *,
-    quantization: Quantization | None = None,
-    auto_batch_size: bool = False,
-) -> None:
-    """Train one stage for some steps with rows from co-occurrence and a learning rate for them, and note what it took."""
-    set_seed(0)
-    data, shape, steps = check.data, SHAPES[check.args.shape], max(2, check.args.steps)
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-    quantizing = quantized(quantization, dtype=dtype, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        options = GenRecTrainingArguments(
-            output_dir=folder, max_steps=steps, global_batch_size=batch, bf16=CUDA, learning_rate=3e-4,
-            rows_learning_rate=1e-3, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-            logging_steps=max(1, steps // 5), auto_batch_size=auto_batch_size, disable_tqdm=True,
-        )  # fmt: skip
-        model: GenRecBackbone = backbone(GenRecUntiedT5, shape)
-        parameters, tokenizer = model.num_parameters(), bare_tokenizer("t5")
-        if quantizing:  # happens to a checkpoint while it is loaded
-            model.save_pretrained(f"{folder}/base")
-            tokenizer.save_pretrained(f"{folder}/base")
-            del model
-            freed()
-            model, _ = load_backbone(f"{folder}/base", dtype=dtype, **quantizing)
-            ready_to_train(model)
-        layout = shape.layout(data)
-        rows, _ = initial_rows(model, tokenizer, data.vocab, layout, data.train)
-        model.add_id_tokens(rows.to(device), layout.base)
-        wrapped = add_lora(model, **LORA, targets=None, base_name="random", revision=None)
-        task = (MaskedItem if stage == "pretrain" else NextItem)(data.train, layout, seed=0)
-        trainer = GenRecTrainer(wrapped, options, task=task, layout=layout, validation=None)
-        clock = Clock(warm_up=max(1, steps // 5))
-        trainer.add_callback(clock)
-        freed()
-        trainer.train()
-        peak = peak_bytes(CUDA)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    estimated = estimate_run(
-        shape.config().to_dict(), ModelArguments(quantization=quantization), options, items=data.vocab.num_items,
-        user_rows=data.vocab.num_user_rows, longest=int(task.lengths.max()), mean_length=float(task.lengths.mean()),
-        strategy="single_gpu" if CUDA else "cpu", processes=1, own_head=True,
-    )  # fmt: skip
-    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    check.note(
-        stage=stage, quantization=quantization, parameters=parameters + trainable, trainable=trainable,
-        frozen_weights_mib=round(sum(p.nbytes for p in wrapped.parameters() if not p.requires_grad) / 2**20, 2),
-        precision="bf16" if CUDA else "fp32", global_batch_size=batch,
-        accumulation=options.gradient_accumulation_steps, steps=steps, losses=losses,
-        examples_per_second=round((steps - clock.warm_up) * batch / clock.seconds, 1) if CUDA else None,
-        peak_gib=round(peak / GIB, 2) if CUDA else None, estimated_gib=round(estimated.total / GIB, 2),
-    )  # fmt: skip
-
-
-def stages(check: Check) -> None:
-    """Part `stages`."""
-    for stage in ("pretrain", "finetune"):
-        run_stage(check, stage, min(256, check.args.batch))
-        freed()
-
-
-def in_four_bits(check: Check) -> None:
-    """Part `quantized`: QLoRA; left out where bitsandbytes is not installed."""
+    clock = threading.Timer(seconds, end)
+    clock.start()
     try:
-        run_stage(check, "finetune", min(256, check.args.batch), quantization="4bit")
-    except ConfigError as error:
-        check.note(left_out=str(error))
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            words.append(line)
+        process.wait()
+    finally:
+        clock.cancel()
+        end()
+        process.wait()
+    if process.returncode == 0:
+        return None, "".join(words)
+    late = time.monotonic() - begun >= seconds
+    return f"stopped after {seconds:.0f} s" if late else f"its process ended ({process.returncode})", "".join(words)
 
 
-def auto_batch(check: Check) -> None:
-    """Part `auto-batch`: the accumulation that is found for more than a GPU of 141 GB holds at once; a CPU refuses none."""
-    run_stage(check, "finetune", 64 * check.args.batch if CUDA else check.args.batch, auto_batch_size=True)
+def without_places(text: str) -> str:
+    """A traceback without the folders that things lie in, which are nobody's business."""
+    for folder in (REPOSITORY, sys.prefix):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------
-
-PARTS: dict[str, Callable[[Check], None]] = {
-    "ceiling": ceiling,
-    "exact": exact,
-    "train": train,
-    "rank": rank,
-    "sync": sync,
-    "profile": profile,
-    "compile": compiled,
-    "rivals": rivals,
-    "rivals-at-size": rivals_at_size,
-    "stages": stages,
-    "quantized": in_four_bits,
-    "auto-batch": auto_batch,
-}
+def findings(out: Path) -> dict[str, Any]:
+    """What the parts have written, by name."""
+    found: dict[str, Any] = read_json(out / FINDINGS) if (out / FINDINGS).is_file() else {}
+    return found
 
 
-def run_part(name: str, args: argparse.Namespace) -> bool:
-    """Run a part in this process, with its ending written whatever it is; whether it went well."""
-    began = time.monotonic()
-    data = load_data(DataArguments(dataset=args.dataset, data_dir=args.data_dir))
-    check, failed = Check(name, data, args), None
-    check.write()
-    try:
-        PARTS[name](check)
-    except Exception:  # whatever it is, the other parts are to be run
-        failed = traceback.format_exc()
-        for folder in (Path(__file__).resolve().parent.parent, sys.prefix):  # where they lie is nobody's business
-            failed = failed.replace(f"{folder}/", "")
-        print(f"{name}: FAILED\n{failed}", flush=True)
-    check.write(failed=failed, seconds=round(time.monotonic() - began, 1))
-    return failed is None
+def run_part(part: str, args: argparse.Namespace, seconds: float) -> bool:
+    """Run a part, with its failure written whatever it is; whether it went well."""
+    write_json(args.out / FINDINGS, findings(args.out) | {part: {}})  # nothing of an earlier call
+    ended, words = shown(command_of(part, args), seconds)
+    if ended is None:
+        return True
+    print(f"{part}: FAILED: {ended}; what it had written stays", flush=True)
+    parts = findings(args.out)
+    if not parts[part].get("failed"):
+        failed = f"{ended}; its last words:\n{without_places(words)}"
+        write_json(args.out / FINDINGS, parts | {part: parts[part] | {"failed": failed}})
+    return False
 
 
-def work(name: str, args: argparse.Namespace) -> None:
-    """What a part's process does."""
-    sys.exit(0 if run_part(name, args) else 1)
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+NOTHING = "-"
 
 
-def run_apart(name: str, args: argparse.Namespace) -> bool:
-    """Run a part in a process of its own, since a GPU that has refused a kernel refuses all that come after it."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(name, args))
-    process.start()
-    process.join(MOST_SECONDS)
-    ended = f"its process ended ({process.exitcode})"
-    if process.is_alive():
-        ended = f"stopped after {MOST_SECONDS} s"
-        process.kill()  # a Trainer would go on to the end of its step, which may be what hangs
-        process.join()
-    if process.exitcode not in (0, 1):
-        print(f"{name}: FAILED: {ended}; what it had written stays", flush=True)
-        path = args.out / "gpu.json"
-        parts = read_json(path) if path.is_file() else {}
-        write_json(path, parts | {name: parts.get(name, {}) | {"failed": ended}})
-    return process.exitcode == 0
+def goal(measure: str, found: float | None, floor: float, aim: float | None, counts: bool) -> tuple[str, ...]:
+    """A line of the table; where the aim is below the floor, less is better.
+
+    Args:
+        counts: whether this is the shape and the kind of machine that floor and aim are meant for.
+    """
+    met = NOTHING
+    if counts and found is not None:
+        sign = -1 if aim is not None and aim < floor else 1
+        met = "floor" if sign * found >= sign * floor else "no"
+        met = "aim" if aim is not None and sign * found >= sign * aim else met
+    numbers = [NOTHING if value is None else f"{value:,.1f}" for value in (found, floor, aim)]
+    return (measure, numbers[0], *(numbers[1:] if counts else (NOTHING, NOTHING)), met)
+
+
+def finding(parts: Mapping[str, Any], part: str, **having: Any) -> dict[str, Any]:
+    """The first finding of a part with these facts; nothing where there is none."""
+    found = parts.get(part, {}).get("found", [])
+    return next((one for one in found if having.items() <= one.items()), {})
+
+
+def summary(parts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was found beside what was asked for: measure, found, floor, aim, met.
+
+    Args:
+        parts: as gpu.json has them.
+        rows: as speed_gpu.json has them.
+    """
+
+    def counts(part: str) -> bool:
+        about = parts.get(part, {})
+        return about.get("shape") == AT_SIZE and about.get("cuda") is True
+
+    trained = counts("train")
+    real, long = (
+        finding(parts, "train", arm="ours", lengths=lengths) for lengths in ("real lengths", "long histories")
+    )
+    short_name, long_name = (
+        f"mean of {one.get('mean_tokens', usual):.1f} tokens" for one, usual in ((real, 10.3), (long, 64))
+    )
+    lines: list[tuple[str, ...]] = [
+        ("measure", "found", "floor", "aim", "met"),
+        goal(f"examples/s, {short_name}", real.get("examples_per_second"), 6_400, 8_300, trained),
+        goal(f"peak GiB, {short_name}", real.get("peak_gib"), 45, 36, trained),
+        goal(f"examples/s, {long_name}", long.get("examples_per_second"), 1_100, None, trained),
+    ]
+    for one in parts.get("rank", {}).get("found") or [{"arm": "ours"}]:
+        lines.append(goal(f"users/s, {one['arm']}", one.get("users_per_second"), 12_500, 16_000, counts("rank")))
+
+    def tell(measure: str, found: str) -> None:
+        lines.append((measure, found, NOTHING, NOTHING, NOTHING))
+
+    for name, one in ((short_name, real), (long_name, long)):
+        if one:
+            tell(
+                f"useful operations, {name}", f"{100 * one['mfu']:.1f} % of a product's {one['product_tflops']} TFLOP/s"
+            )
+    for row in rows:
+        if (row["rival"] or "").startswith("(") and row["unit"].startswith(("GPU ms", "CPU ms")):
+            memory = row | {"unit": MEMORY}
+            shares = [
+                f", {other['ratio']:.2f} of its memory"
+                for other in rows
+                if all(other[name] == memory[name] for name in ("bench", "arm", "rival", "unit"))
+            ]
+            tell(f"{row['bench']}: {row['arm']} / {row['rival']}", f"{row['ratio']:.2f}x as fast{''.join(shares)}")
+    for one in parts.get("profile", {}).get("found", [])[:1]:
+        idle = NOTHING if one["idle"] is None else f"{100 * one['idle']:.1f} %"
+        tell(f"idle, {one['launches_a_step']:,} launches a step of {one['step_ms']:,.0f} ms", idle)
+        tell("largest", ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(one["shares"].items())[:5]))
+    failed = [name for name, part in parts.items() if part.get("failed")]
+    about = " and ".join(dict.fromkeys(part["hardware"] for part in parts.values() if "hardware" in part))
+    return f"{about}\n{aligned(lines)}\nfailed: {', '.join(failed) or 'nothing'}"
 
 
 @exits_cleanly
 def main() -> None:
     """Run the parts; what each found is on disk when it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="amazon-beauty", help="as --dataset of the recipes")
-    parser.add_argument("--data-dir", help="folder of the Beauty files")
-    parser.add_argument("--out", type=Path, required=True, help="folder of results")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them, in this order")
-    parser.add_argument("--shape", choices=SHAPES, default="flan-t5-xl")
-    parser.add_argument("--steps", type=int, default=10, help="micro-batches of a block")
-    parser.add_argument("--batch", type=int, default=1024, help="examples a step")
-    parser.add_argument("--users", type=int, default=0, help="validation users that are ranked, a fixed sample; 0: all")
+    add_flags(parser)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="some of them, in this order")
+    parser.add_argument("--seconds", type=float, default=570, help="that the whole call may take")
     args = parser.parse_args()
     problems = [f"--{name}: at least 1" for name in ("steps", "batch") if getattr(args, name) < 1]
     if args.users < 0:
         problems.append("--users: at least 0")
     if problems:
         raise ConfigError(problems)
+    ends = time.monotonic() + args.seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of what ends the part
     args.out.mkdir(parents=True, exist_ok=True)
-    if not CUDA:
-        print("no GPU here: figures are of a CPU and say nothing of one", flush=True)
-    failed = [name for name in dict.fromkeys(args.parts) if not run_apart(name, args)]
-    rows = args.out / "speed_gpu.json"
-    if rows.is_file():
-        print(table(read_json(rows)))
-    print(f"written to {args.out}")
+    lines = [(name, bounds, here, "" if fits else "NOT WITHIN") for name, bounds, here, fits in packages()]
+    print(aligned([("package", "bounds", "here", ""), *lines]), flush=True)
+    failed, late, rows = [], [], []
+    for part in dict.fromkeys(args.parts):
+        left = ends - time.monotonic() - MARGIN
+        if left < LEAST_SECONDS:
+            late.append(part)
+            continue
+        if not run_part(part, args, left):
+            failed.append(part)
+        rows = read_json(args.out / ROWS) if (args.out / ROWS).is_file() else []
+        print(f"\n{summary(findings(args.out), rows)}\n", flush=True)
+    print(f"{tables(rows)}\n\n{summary(findings(args.out), rows)}\n\nwritten to {args.out}")
+    if late:
+        print(f"no time was left for: {' '.join(late)}; call again with --parts {' '.join(late)}")
     if failed:
-        print(f"failed: {', '.join(failed)}; gpu.json says why")
+        print(f"failed: {', '.join(failed)}; {FINDINGS} says why")
         sys.exit(1)
 
 
