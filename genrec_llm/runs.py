@@ -734,7 +734,9 @@ def open_rivals(folders: Sequence[str], data: Data) -> tuple[list[NeuralRecommen
     problems, rivals, made = [], [], {}
     for folder in map(Path, folders):
         if not (folder / RIVAL_FACTS).is_file():
-            problems.append(f"rivals: {folder} has no {RIVAL_FACTS}: train one with tools/rivals.py, or wait for its end")
+            problems.append(
+                f"rivals: {folder} has no {RIVAL_FACTS}: train one with tools/rivals.py, or wait for its end"
+            )
             continue
         facts = read_json(folder / RIVAL_FACTS)
         wanted = {"fingerprint": data.fingerprint, "vocabulary": data.vocab.without_users().fingerprint}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+
 from genrec_llm.evaluation import EvalReport
 from genrec_llm.files import read_json
 

@@ -7,8 +7,8 @@
 `--configs` is a folder with pretrain.yaml and finetune.yaml; each variant trains them with its changes, from the seeds that
 are named, in run directories of its own. Killed at any time, the same command goes on. The figures are those of the best
 validation of the second stage; the test split is not opened. A variant that the configuration cannot have (rows from text
-with a backbone that reads none, adapters on random weights) stands in the table with the reason. What stands behind `--` goes to
-both stages. Written to --out: ablation.md, ablation.json, ablation.png.
+with a backbone that reads none, adapters on random weights) stands in the table with the reason. What stands behind `--`
+goes to both stages. Written to --out: ablation.md, ablation.json, ablation.png.
 """
 
 from __future__ import annotations
@@ -197,7 +197,9 @@ def main() -> None:
     if args.table:
         print(table([Outcome(**row) for row in read_json(args.out / "ablation.json")]), end="")
         return
-    missing = [name for name in ("pretrain.yaml", "finetune.yaml") if not args.configs or not (args.configs / name).is_file()]
+    missing = [
+        name for name in ("pretrain.yaml", "finetune.yaml") if not args.configs or not (args.configs / name).is_file()
+    ]
     if missing:
         raise ConfigError(f"--configs: {args.configs or 'is missing'}: {' and '.join(missing)} have to be in it")
     trials = [
@@ -209,7 +211,10 @@ def main() -> None:
 
     def run(trial: Trial) -> None:
         outcome = trial.run(args.configs, args.flags)
-        print(f"{trial.variant}, seed {trial.seed}: {outcome.reason or format(outcome.metrics['ndcg@10'], '.4f')}", flush=True)
+        print(
+            f"{trial.variant}, seed {trial.seed}: {outcome.reason or format(outcome.metrics['ndcg@10'], '.4f')}",
+            flush=True,
+        )
         outcomes.append(outcome)
         order = {(one.variant, one.seed): place for place, one in enumerate(trials)}
         outcomes.sort(key=lambda one: order[one.variant, one.seed])

@@ -98,7 +98,7 @@ class Network(nn.Module):
 
 
 class _Transformer(Network):
-    """Item and position rows under torch's encoder; places are counted from the end of a row, which is padded on the left."""
+    """Item and position rows under torch's encoder; rows are padded on the left, so that places count from the end."""
 
     def __init__(
         self, num_items: int, *, dim: int, layers: int, heads: int, dropout: float, max_history: int,
