@@ -393,6 +393,9 @@ class EvaluateArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Where the data folder is now, when it has moved."})
     batch_size: int = field(default=256, metadata={"help": "Users whose scores are computed together."})
     use_cpu: bool = field(default=False, metadata={"help": "Rank on the CPU, even where there are GPUs."})
+    rivals: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of `tools/rivals.py`, ranked beside the model."}
+    )
     generate_users: int = field(
         default=0,
         metadata={"help": "Users whose top 20 is also asked of `generate`, a fixed sample; 0 asks for all."},

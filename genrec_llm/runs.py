@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.baselines.neural import FACTS as RIVAL_FACTS
+from genrec_llm.baselines.neural import NeuralRecommender
 from genrec_llm.card import is_hub_name, stage_facts
 from genrec_llm.checkpoints import MANIFEST, any_written, last_complete_checkpoint, needs_joining
 from genrec_llm.data import Interactions, leave_last_two_out
@@ -723,3 +726,32 @@ def check_merged(run: Path, info: dict[str, Any], data: Data) -> None:
         problems.append(f"{merged}: was not made from {trained} as it is now")
     if problems:
         raise ConfigError([f"{problem}: run recipes/merge.py --run {run} first" for problem in problems])
+
+
+def open_rivals(folders: Sequence[str], data: Data) -> tuple[list[NeuralRecommender], dict[str, dict[str, Any]]]:
+    """Trained rivals, and by name what made each: seed, seconds of training, command, commit, hardware.
+
+    Raises:
+        ConfigError: a folder holds none, one was trained on other data or other ids, or two have one name; all at once.
+    """
+    problems, rivals, made = [], [], {}
+    for folder in map(Path, folders):
+        if not (folder / RIVAL_FACTS).is_file():
+            problems.append(
+                f"rivals: {folder} has no {RIVAL_FACTS}: train one with tools/rivals.py, or wait for its end"
+            )
+            continue
+        facts = read_json(folder / RIVAL_FACTS)
+        wanted = {"fingerprint": data.fingerprint, "vocabulary": data.vocab.without_users().fingerprint}
+        if other := [name for name, value in wanted.items() if facts[name] != value]:
+            problems.append(f"rivals: {folder} was trained on {facts['dataset']} with another {' and '.join(other)}")
+        elif facts["name"] in made:
+            problems.append(f"rivals: {folder}: there is a {facts['name']} already: name one of a kind")
+        else:
+            rivals.append(NeuralRecommender.load(folder))
+            made[facts["name"]] = {"seed": facts["settings"]["seed"]} | {
+                name: facts[name] for name in ("seconds", "command", "commit", "hardware")
+            }
+    if problems:
+        raise ConfigError(problems)
+    return rivals, made

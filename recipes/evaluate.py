@@ -10,12 +10,14 @@ On several GPUs, each of which ranks a share of the users; the report is the sam
 `--split test` opens the test split and records that it did; tune on validation.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from genrec_llm.args import EvaluateArguments, parse_args
 from genrec_llm.baselines import Popularity, RecentRepeat
+from genrec_llm.baselines.neural import user_order
 from genrec_llm.card import describe_measured, refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.evaluation import (
@@ -30,7 +32,7 @@ from genrec_llm.loading import MERGED
 from genrec_llm.plots import can_draw, draw_run
 from genrec_llm.processes import launched
 from genrec_llm.recommender import Recommender, WithoutUsers
-from genrec_llm.runs import check_merged, load_run_data, provenance
+from genrec_llm.runs import check_merged, load_run_data, open_rivals, provenance
 
 
 @exits_cleanly
@@ -46,6 +48,7 @@ def main() -> None:
     data = load_run_data(run, data_dir=args.data_dir, processes=processes)
     with processes.step():
         check_merged(run, recommender.loaded.info, data)
+        trained, made = open_rivals(args.rivals, data)
 
     # The test split is opened here and nowhere else
     with processes.step():
@@ -64,6 +67,8 @@ def main() -> None:
         if recommender.layout.user_token:
             rivals.append(WithoutUsers(recommender))
         ranked |= {rival.name: rank_recommender(rival, held_out, **how) for rival in rivals}
+    in_order = replace(held_out, users=user_order(len(held_out.users)))
+    ranked |= {rival.name: rank_recommender(rival, in_order, **how) for rival in trained}
 
     # The same lists from `generate`
     asked = np.arange(len(held_out.targets))
@@ -78,7 +83,7 @@ def main() -> None:
         build_report(name, each, held_out, exclude_seen=not args.keep_seen) for name, each in ranked.items()
     )
     generated = GeneratedLists.compare(lists, ranked[ours.name].top[asked], scores, held_out.targets[asked])
-    print(write_summary(out, ours, others, generated, facts | {"model": describe_measured(run)}))
+    print(write_summary(out, ours, others, generated, facts | {"model": describe_measured(run), "rivals": made}))
     if can_draw():
         draw_run(run)
     else:

@@ -46,6 +46,8 @@ RESULTS = sorted((DOCS / "results").rglob("*.md"))
 NOTEBOOKS = sorted(DOCS.glob("*.ipynb"))
 QUICK = "--dataset quick.csv --num-train-epochs 1 --disable-tqdm true"
 """What a command that takes long has behind it here."""
+QUICK_RIVALS = "--dataset quick.csv --set epochs=1"
+"""And one that trains rivals."""
 MARK = re.compile(r"#\s*(needs|takes)\b.*")
 TRAINING = (DataArguments, ModelArguments, GenRecTrainingArguments)
 RECIPES: dict[str, tuple[type, ...]] = {
@@ -116,7 +118,7 @@ def script(block: str) -> str:
         if command.words[0] == "make":
             lines.append(shlex.join(["make", "--dry-run", *command.words[1:]]))
         elif command.mark and command.mark.startswith("# takes"):
-            lines.append(f"{command.text} {QUICK}")
+            lines.append(f"{command.text} {QUICK_RIVALS if 'tools/rivals.py' in command.words else QUICK}")
         else:
             lines.append(command.text)
     return "\n".join(lines)

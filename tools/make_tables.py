@@ -186,7 +186,10 @@ def rows_of_run(run: Path, model: str) -> list[Row]:
         rows.append(row_of(ours, model, made, seed=seed, seconds=seconds))
         # A model asked as if it knew no user is no rival, and goes by its run.
         others = [rival for rival in rivals if not rival.name.startswith(ours.name)]
-        rows += [row_of(rival, rival.name, made, seed=None, seconds=None) for rival in others]
+        untrained = {"seed": None, "seconds": None} | made
+        for rival in others:
+            facts = untrained | made.get("rivals", {}).get(rival.name, {})
+            rows.append(row_of(rival, rival.name, facts, seed=facts["seed"], seconds=facts["seconds"]))
     return rows
 
 

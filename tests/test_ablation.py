@@ -1,0 +1,68 @@
+"""The ablation: one thing changed at a time, a killed command goes on, and what cannot be says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ablation
+import pytest
+import tiny
+import yaml
+from ablation import BASE, VARIANTS, Outcome
+
+from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.files import read_json
+
+FIGURES = dict.fromkeys(ablation.METRICS, 0.25)
+
+
+def test_every_change_is_an_argument_that_there_is() -> None:
+    known = {
+        name for cls in (DataArguments, ModelArguments, GenRecTrainingArguments) for name in cls.__dataclass_fields__
+    }
+    assert all(set(variant.changes) <= known for variant in VARIANTS.values())
+    assert VARIANTS[BASE] == ablation.Variant()
+
+
+def test_the_table_has_means_spreads_and_reasons() -> None:
+    outcomes = [
+        Outcome(BASE, 0, FIGURES, 10.0),
+        Outcome(BASE, 1, dict.fromkeys(ablation.METRICS, 0.35), 20.0),
+        Outcome("no pretraining", 0, FIGURES, 5.0),
+        Outcome("rows: text", 0, reason="row_init: text is not possible"),
+    ]
+    header, _, base, without, text = ablation.table(outcomes).splitlines()
+    assert header.count("|") == base.count("|") == text.count("|")
+    assert base.startswith(f"| {BASE} | 0.3000 ± 0.0707 |") and base.endswith("| 2 | 15 |")
+    assert without.startswith("| no pretraining | 0.2500 |") and "row_init: text is not possible" in text
+
+
+@pytest.mark.slow
+def test_variants_are_trained_and_not_trained_again(tmp_path: Path) -> None:
+    tiny.save_backbone("t5-untied", tmp_path / "base")
+    tiny.save_log(tmp_path / "log.csv")
+    shared = {"dataset": str(tmp_path / "log.csv"), "backbone": str(tmp_path / "base"), "global_batch_size": 32,
+              "num_train_epochs": 1, "lora_r": 2, "disable_tqdm": True, "output_dir": "elsewhere"}  # fmt: skip
+    (tmp_path / "configs").mkdir()
+    for stage, more in (("pretrain", {"masks_per_sequence": 2}), ("finetune", {"from_run": "elsewhere"})):
+        (tmp_path / "configs" / f"{stage}.yaml").write_text(yaml.safe_dump(shared | more))
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "tools/ablation.py", "--configs", str(tmp_path / "configs"), "--out", str(out), "--jobs", "2",
+        "--variants", BASE, "no pretraining", "rows: text",
+    ]  # fmt: skip
+    assert "row_init: text is not possible" in tiny.run(command)
+    rows = {row["variant"]: row for row in read_json(out / "ablation.json")}
+    assert rows[BASE]["metrics"].keys() == rows["no pretraining"]["metrics"].keys() == set(ablation.METRICS)
+    assert not rows["rows: text"]["metrics"]
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    runs = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
+    assert len(runs) >= 3 and not (tmp_path / "elsewhere").exists()
+    before = ablation.table([Outcome(**row) for row in rows.values()])
+    assert before in tiny.run(command)
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    shown = subprocess.run([sys.executable, "tools/ablation.py", "--out", str(out), "--table"], cwd=tiny.REPOSITORY,
+                           env=tiny.environment(), capture_output=True, text=True, check=True)  # fmt: skip
+    assert shown.stdout == before

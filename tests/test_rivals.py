@@ -1,0 +1,92 @@
+"""The tool that trains the neural rivals, and their place beside a model of ours."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from genrec_llm.evaluation import EvalReport
+from genrec_llm.files import read_json
+
+SMALL = ("--set", "epochs=2", "dim=8", "validate_every=1", "batch_size=32")
+
+
+def rivals(*arguments: object) -> None:
+    before = sys.argv
+    sys.argv = ["rivals.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(tiny.REPOSITORY / "tools" / "rivals.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged model of ours on a private log, a user-aware rival and one without users."""
+    folder = tmp_path_factory.mktemp("rivals")
+    tiny.save_backbone("t5-untied", folder / "base")
+    tiny.train(folder / "base", folder, folder / "run", "--users", "none")
+    tiny.recipe("merge", "--run", folder / "run")
+    data = ("--dataset", folder / "log.csv", "--items-file", folder / "items.csv")
+    for rival in ("hgn", "sasrec-softmax"):
+        rivals(*data, "--rival", rival, "--out", folder / "rivals", *SMALL)
+    return folder
+
+
+def test_rivals_are_ranked_beside_our_model_on_the_same_users(ground: Path) -> None:
+    trained = sorted(path.parent for path in (ground / "rivals").rglob("rival.json"))
+    assert [path.name.split("_")[0] for path in trained] == ["hgn", "sasrec-softmax"]
+    tiny.recipe("evaluate", "--run", ground / "run", "--use_cpu", "--rivals", *trained)
+    summary = read_json(ground / "run" / "evaluation" / "validation" / "report.json")
+    assert {"hgn", "sasrec-softmax"} < set(summary["differences"])
+    assert summary["rivals"]["hgn"]["seed"] == 0 and "rivals.py" in summary["rivals"]["hgn"]["command"]
+    for path in trained:
+        name = path.name.split("_")[0]
+        beside = EvalReport.load(ground / "run" / "evaluation" / "validation" / name)
+        alone = EvalReport.load(path / "validation")
+        assert beside.ranks.better.tolist() == alone.ranks.better.tolist()  # user rows and all
+
+
+def test_what_has_ended_is_not_run_again_and_the_table_has_every_run(
+    ground: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in (ground / "rivals").rglob("rival.json")}
+    data = ("--dataset", ground / "log.csv", "--items-file", ground / "items.csv")
+    rivals(*data, "--rival", "hgn", "--out", ground / "rivals", *SMALL)
+    rivals("--table", "--out", ground / "rivals")
+    assert {path: path.stat().st_mtime_ns for path in (ground / "rivals").rglob("rival.json")} == kept
+    shown = capsys.readouterr().out
+    assert "epoch" not in shown.split("|")[0] and "| hgn_epochs=2" in shown and "| sasrec-softmax_epochs=2" in shown
+
+
+def test_rivals_of_other_data_and_folders_without_one_are_refused(
+    ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_log(tmp_path / "other.csv", users=40, seed=1)
+    rivals("--dataset", tmp_path / "other.csv", "--rival", "hgn", "--out", tmp_path / "rivals", *SMALL)
+    (other,) = (path.parent for path in (tmp_path / "rivals").rglob("rival.json"))
+    with pytest.raises(SystemExit):
+        tiny.recipe("evaluate", "--run", ground / "run", "--use_cpu", "--rivals", other, tmp_path)
+    error = capsys.readouterr().err
+    assert "another fingerprint and vocabulary" in error and f"{tmp_path} has no rival.json" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rival", "gru4rec", "--dataset", "x.csv"), "gru4rec"),
+        (("--rival", "hgn", "--dataset", "x.csv", "--set", "dropout"), "NAME=VALUE"),
+        (("--rival", "hgn", "--dataset", "x.csv", "--set", "droput=0.1"), "droput"),
+        ((), "--rival"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_read(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        rivals(*arguments, "--out", tmp_path)
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())

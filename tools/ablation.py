@@ -1,0 +1,230 @@
+"""What each part of the recipe is worth: the two stages, trained again with one thing changed at a time.
+
+    python tools/ablation.py --configs recipes/configs/beauty_t5-micro --out runs/ablation/beauty --seeds 0 1 2 --jobs 2
+    python tools/ablation.py --configs … --out … --variants "no pretraining" "rows: random" -- --num-train-epochs 4
+    python tools/ablation.py --out runs/ablation/beauty --table
+
+`--configs` is a folder with pretrain.yaml and finetune.yaml; each variant trains them with its changes, from the seeds that
+are named, in run directories of its own. Killed at any time, the same command goes on. The figures are those of the best
+validation of the second stage; the test split is not opened. A variant that the configuration cannot have (rows from text
+with a backbone that reads none, adapters on random weights) stands in the table with the reason. What stands behind `--`
+goes to both stages. Written to --out: ablation.md, ablation.json, ablation.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genrec_llm.errors import ConfigError, exits_cleanly
+from genrec_llm.files import atomic_file, read_json, write_json
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+METRICS = ("hit_rate@5", "ndcg@5", "hit_rate@10", "ndcg@10")
+LABELS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+BASE = "as configured"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing changed: arguments of both stages; without `pretrained` the second stage starts from the backbone."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+
+
+VARIANTS = {
+    BASE: Variant(),
+    "no pretraining": Variant(pretrained=False),
+    "user token": Variant({"users": "each"}),
+    "no user token": Variant({"users": "none"}),
+    "LoRA": Variant({"tuning": "lora"}),
+    "full tuning": Variant({"tuning": "full"}),
+    "rows: text": Variant({"row_init": "text"}),
+    "rows: co-occurrence": Variant({"row_init": "cooccurrence"}),
+    "rows: random": Variant({"row_init": "random"}),
+    "decoder prompt: mask alone": Variant({"decoder_prompt": "mask"}),
+    "one mask a sequence": Variant({"masks_per_sequence": 1}),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a variant with a seed: the best validation, or why there is none."""
+
+    variant: str
+    seed: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A variant with a seed, and where its stages are."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    def run(self, configs: Path, flags: Sequence[str]) -> Outcome:
+        """Train what is not trained yet."""
+        change = VARIANTS[self.variant]
+        stages = ["pretrain", "finetune"] if change.pretrained else ["finetune"]
+        for stage in stages:
+            config = yaml.safe_load((configs / f"{stage}.yaml").read_text(encoding="utf-8"))
+            settings = config | change.changes | {"seed": self.seed, "output_dir": str(self.folder / stage)}
+            if stage == "finetune":
+                settings["from_run"] = str(self.folder / "pretrain") if change.pretrained else None
+            with atomic_file(self.folder / f"{stage}.yaml") as temporary:
+                temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            if not finished(self.folder / stage) and (reason := self._train(stage, flags)):
+                return Outcome(self.variant, self.seed, reason=reason)
+        return self.outcome(stages)
+
+    def _train(self, stage: str, flags: Sequence[str]) -> str:
+        """Why a stage failed; empty if it did not."""
+        recipe = REPOSITORY / "recipes" / f"{stage}.py"
+        log = self.folder / f"{stage}.log"
+        with log.open("ab") as file:
+            done = subprocess.run(
+                [sys.executable, str(recipe), "--config", str(self.folder / f"{stage}.yaml"), *flags],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            )  # fmt: skip
+        if done.returncode == 0:
+            return ""
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        errors = [line for line in said if line.startswith("error: ")] or said[-1:] or [f"exit {done.returncode}"]
+        return errors[-1].removeprefix("error: ")
+
+    def outcome(self, stages: Sequence[str]) -> Outcome:
+        """The best validation of the second stage, and the seconds of all."""
+        seconds = sum(read_json(self.folder / stage / "run.json")["finished"]["seconds"] for stage in stages)
+        log = [entry for entry in read_json(self.folder / "finetune" / "log_history.json") if "eval_ndcg@10" in entry]
+        best = max(log, key=lambda entry: entry["eval_ndcg@10"])
+        return Outcome(self.variant, self.seed, {name: best[f"eval_{name}"] for name in METRICS}, round(seconds, 1))
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has ended by itself."""
+    return (run / "run.json").is_file() and "finished" in read_json(run / "run.json")
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """A row a variant, in the order of the trials; mean and standard deviation over seeds."""
+    text = [f"| variant | {' | '.join(LABELS)} | seeds | seconds |", "|---|" + "---|" * (len(LABELS) + 2)]
+    for variant, of_variant in grouped(outcomes).items():
+        done = [one for one in of_variant if one.metrics]
+        if not done:
+            text.append(f"| {variant} | {' | '.join(['–'] * len(LABELS))} | 0 | {of_variant[0].reason} |")
+            continue
+        cells = []
+        for name in METRICS:
+            values = [one.metrics[name] for one in done]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.4f}{spread}")
+        seconds = statistics.fmean(one.seconds for one in done)
+        text.append(f"| {variant} | {' | '.join(cells)} | {len(done)} | {seconds:.0f} |")
+    return "\n".join(text) + "\n"
+
+
+def grouped(outcomes: Sequence[Outcome]) -> Mapping[str, list[Outcome]]:
+    """Outcomes by variant."""
+    return {name: [one for one in outcomes if one.variant == name]
+            for name in dict.fromkeys(one.variant for one in outcomes)}  # fmt: skip
+
+
+def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Validation NDCG@10 of each variant: mean, and each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from genrec_llm.plots import COLOURS, GREY, save
+
+    done = {name: [one.metrics["ndcg@10"] for one in of_variant if one.metrics]
+            for name, of_variant in grouped(outcomes).items()}  # fmt: skip
+    done = {name: values for name, values in done.items() if values}
+    figure = Figure(figsize=(6.0, 0.9 + 0.34 * len(done)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.barh(
+        list(done), [statistics.fmean(values) for values in done.values()],
+        color=[COLOURS[0] if name == BASE else GREY for name in done],
+    )  # fmt: skip
+    for place, values in enumerate(done.values()):
+        axes.plot(values, [place] * len(values), "k|", markersize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("validation NDCG@10: mean (bar), seeds (lines)")
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def write(out: Path, outcomes: Sequence[Outcome]) -> None:
+    """Table, figures and picture."""
+    from genrec_llm.plots import can_draw
+
+    write_json(out / "ablation.json", [asdict(one) for one in outcomes])
+    with atomic_file(out / "ablation.md") as temporary:
+        temporary.write_text(table(outcomes), encoding="utf-8")
+    if can_draw() and any(one.metrics for one in outcomes):
+        draw(outcomes, out / "ablation.png")
+
+
+@exits_cleanly
+def main() -> None:
+    """Train all trials, or show the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trials and of what is written")
+    parser.add_argument("--configs", type=Path, help="folder with pretrain.yaml and finetune.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
+                        help=f"some of: {', '.join(VARIANTS)}")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="trials at the same time, one thread each")
+    parser.add_argument("--table", action="store_true", help="only show the table of --out")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="arguments of both stages")
+    args = parser.parse_args()
+    if args.table:
+        print(table([Outcome(**row) for row in read_json(args.out / "ablation.json")]), end="")
+        return
+    missing = [
+        name for name in ("pretrain.yaml", "finetune.yaml") if not args.configs or not (args.configs / name).is_file()
+    ]
+    if missing:
+        raise ConfigError(f"--configs: {args.configs or 'is missing'}: {' and '.join(missing)} have to be in it")
+    trials = [
+        Trial(variant, seed, args.out / f"{variant.replace(': ', '-').replace(' ', '-')}_seed-{seed}")
+        for seed in args.seeds
+        for variant in args.variants
+    ]
+    outcomes: list[Outcome] = []
+
+    def run(trial: Trial) -> None:
+        outcome = trial.run(args.configs, args.flags)
+        print(
+            f"{trial.variant}, seed {trial.seed}: {outcome.reason or format(outcome.metrics['ndcg@10'], '.4f')}",
+            flush=True,
+        )
+        outcomes.append(outcome)
+        order = {(one.variant, one.seed): place for place, one in enumerate(trials)}
+        outcomes.sort(key=lambda one: order[one.variant, one.seed])
+        write(args.out, outcomes)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, trials))
+    print(table(outcomes), end="")
+    print(f"written to {args.out}: ablation.md, ablation.json, ablation.png")
+
+
+if __name__ == "__main__":
+    main()

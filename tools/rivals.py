@@ -1,0 +1,154 @@
+"""Train the neural rivals on a data set, tuned on validation; the test split is not opened here.
+
+    python tools/rivals.py --dataset amazon-beauty --data-dir ../shared/data --rival sasrec-softmax --seed 0 1 2 3 4 \\
+        --out runs/rivals
+    python tools/rivals.py … --rival sasrec-softmax --set dropout=0.5,0.6,0.7 learning_rate=5e-4,1e-3 --jobs 2
+    python tools/rivals.py --table --out runs/rivals
+
+`--rival` names an entry of tools/rivals.yaml: what was found best on validation for the data set. `--set` replaces
+some of it; several values, or several seeds, make a run of each combination. A run is a folder of its own, named after the
+rival and what was replaced. Killed at any time, the same command goes on; runs that have ended are not run again.
+`--table` lists all runs of a folder, with their best validation. The flags of data are those of the recipes.
+
+`recipes/evaluate.py --rivals FOLDER …` ranks them beside a model of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from genrec_llm.args import DataArguments, parse_args
+from genrec_llm.baselines.neural import FACTS, NeuralRecommender, RivalSettings, finish, train, user_order
+from genrec_llm.errors import ConfigError, exits_cleanly
+from genrec_llm.evaluation import build_report, rank_recommender
+from genrec_llm.files import read_json
+from genrec_llm.metrics import ndcg
+from genrec_llm.rows import cooccurrence_rows
+from genrec_llm.runs import load_data, provenance
+
+TUNED = Path(__file__).with_suffix(".yaml")
+
+
+def tuned(dataset: str, rival: str) -> RivalSettings:
+    """The entry of rivals.yaml: what all data sets share, and what this one has of its own.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    entries = yaml.safe_load(TUNED.read_text(encoding="utf-8"))
+    if rival not in entries:
+        raise ConfigError(f"--rival {rival}: {TUNED.name} has {', '.join(entries)}")
+    entry = entries[rival]
+    return RivalSettings(**(entry["all"] | entry.get(dataset, {})))
+
+
+def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings, folder: Path) -> None:
+    """Train one rival in this process and write its report on the validation split."""
+    torch.set_num_threads(args.threads)
+    data = load_data(replace(source, users="none"))
+    users = user_order(len(data.train))
+    sequences, held_out = replace(data.train, users=users), replace(data.held_out("validation"), users=users)
+    network = settings.network(data.vocab.num_items, len(users) + 1)
+    if settings.first_rows == "cooccurrence":
+        rows = cooccurrence_rows(data.train, data.vocab.num_items, settings.dim, seed=settings.seed)
+        with torch.no_grad():
+            network.items.weight[: data.vocab.num_items] = torch.nn.functional.normalize(rows)
+
+    def validate(recommender: NeuralRecommender) -> float:
+        ranks = rank_recommender(recommender, held_out, exclude_seen=not args.keep_seen).ranks
+        return float(ndcg(ranks, 10).mean())
+
+    def report(epoch: int, loss: float, figure: float) -> None:
+        print(f"epoch {epoch}: loss {loss:.4f}, validation NDCG@10 {figure:.4f}", flush=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found = train(network, settings, sequences, folder, validate, report)
+    ranked = rank_recommender(NeuralRecommender(network, args.rival), held_out, exclude_seen=not args.keep_seen)
+    build_report(args.rival, ranked, held_out, exclude_seen=not args.keep_seen).save(folder / "validation")
+    facts = {"name": args.rival, "dataset": data.name, "fingerprint": data.fingerprint, "vocabulary": data.vocabulary}
+    finish(folder, settings, network, len(users) + 1, facts | found | provenance())
+    print(f"{folder}: validation NDCG@10 {max(figure for *_, figure in found['curve']):.4f}")
+
+
+def points(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
+    """Name and replaced values of every run that the command asks for."""
+    wrong = [setting for setting in args.set if "=" not in setting]
+    if wrong:
+        raise ConfigError([f"--set {setting}: not NAME=VALUE[,VALUE…]" for setting in wrong])
+    replaced = dict(setting.split("=", 1) for setting in args.set)
+    values = {name: text.split(",") for name, text in replaced.items()} | {"seed": list(map(str, args.seed))}
+    combinations = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    return [
+        ("_".join([args.rival, *(f"{name}={text}" for name, text in point.items())]), point) for point in combinations
+    ]
+
+
+def queue(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """A process a run, `--jobs` at a time."""
+
+    def start(place: int) -> int:
+        own = [*sys.argv, "--only", names[place]]
+        with open(args.out / f"{names[place]}.log", "a") as log:
+            return subprocess.run([sys.executable, *own], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        codes = list(pool.map(start, range(len(names))))
+    if failed := [name for name, code in zip(names, codes, strict=True) if code]:
+        raise ConfigError([f"{args.out / name}.log: this run failed" for name in failed])
+
+
+def table(folder: Path) -> str:
+    """All finished runs below a folder, the best first, as markdown."""
+    runs = [(path.parent, read_json(path)) for path in sorted(folder.rglob(FACTS))]
+    lines = [(max(figure for *_, figure in facts["curve"]), path, facts) for path, facts in runs]
+    text = ["| data set | run | validation NDCG@10 | best epoch | seconds |", "|---|---|---|---|---|"]
+    for figure, path, facts in sorted(lines, key=lambda line: (line[2]["dataset"], -line[0])):
+        text.append(
+            f"| {facts['dataset']} | {path.name} | {figure:.4f} | {facts['best_epoch']} | {facts['seconds']:.0f} |"
+        )
+    return "\n".join(text)
+
+
+@exits_cleanly
+def main() -> None:
+    """Train what is asked for, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--table", action="store_true", help="print the runs of --out and end")
+    parser.add_argument("--rival", help=f"an entry of tools/{TUNED.name}")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE…]", help="settings to replace")
+    parser.add_argument("--keep-seen", action="store_true", help="validate with the items of the history kept")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in each run")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args, of_data = parser.parse_known_args()
+    if args.table:
+        print(table(args.out))
+        return
+    if not args.rival:
+        raise ConfigError("--rival: name one, or ask for --table")
+    (source,) = parse_args(DataArguments, argv=of_data)
+    settings = {name: tuned(source.dataset, args.rival).with_values(point) for name, point in points(args)}
+    waiting = [name for name in settings if not (args.out / name / FACTS).is_file()]
+    if args.only or len(waiting) == 1:
+        name = args.only or waiting[0]
+        run(args, source, settings[name], args.out / name)
+    elif waiting:
+        queue(args, waiting)
+    print(table(args.out))
+
+
+if __name__ == "__main__":
+    main()
