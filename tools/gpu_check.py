@@ -225,11 +225,15 @@ def summary(parts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
                 for other in rows
                 if all(other[name] == memory[name] for name in ("bench", "arm", "rival", "unit"))
             ]
-            tell(f"{row['bench']}: {row['arm']} / {row['rival']}", f"{row['ratio']:.2f}x as fast{''.join(shares)}")
+            text = f"{row['ratio']:.2f}x as fast as {row['rival']}{''.join(shares)}"
+            tell(f"{row['bench']}: {row['arm']}", text)
     for one in parts.get("profile", {}).get("found", [])[:1]:
         idle = NOTHING if one["idle"] is None else f"{100 * one['idle']:.1f} %"
         tell(f"idle, {one['launches_a_step']:,} launches a step of {one['step_ms']:,.0f} ms", idle)
-        tell("largest", ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(one["shares"].items())[:5]))
+        tell(
+            "time by kind of kernel",
+            ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(one["shares"].items())[:5]),
+        )
     failed = [name for name, part in parts.items() if part.get("failed")]
     about = " and ".join(dict.fromkeys(part["hardware"] for part in parts.values() if "hardware" in part))
     return f"{about}\n{aligned(lines)}\nfailed: {', '.join(failed) or 'nothing'}"

@@ -148,7 +148,7 @@ def freed() -> None:
 
 def imports(check: Check) -> None:
     """Part `imports`: all that is imported here was found; whether it is as pyproject.toml wants it, and the device."""
-    device = torch.cuda.get_device_properties() if CUDA else None
+    device = torch.cuda.get_device_properties(0) if CUDA else None
     check.note(
         device=device.name if device else "CPU",
         memory_gib=round(device.total_memory / GIB, 1) if device else None,
