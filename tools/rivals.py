@@ -5,7 +5,7 @@
     python tools/rivals.py … --rival sasrec-softmax --set dropout=0.5,0.6,0.7 learning_rate=5e-4,1e-3 --jobs 2
     python tools/rivals.py --table --out runs/rivals
 
-`--rival` names an entry of tools/rivals.yaml: what was found best on validation for the data set. `--set` replaces
+`--rival` names an entry of tools/rivals.yaml: what it is trained with, by data set where they differ. `--set` replaces
 some of it; several values, or several seeds, make a run of each combination. A run is a folder of its own, named after the
 rival and what was replaced. Killed at any time, the same command goes on; runs that have ended are not run again.
 `--table` lists all runs of a folder, with their best validation. The flags of data are those of the recipes.
