@@ -480,7 +480,7 @@ def activations(shape: Shape, run: Run) -> Activations:
         norm = residual * d + 2 * FP32
 
     # Autocast casts, and LoRA's dropout draws, for each linear layer anew; the LoRA layer of `kernels` does neither.
-    alone = run.bf16 and (full or not quick) or bool(targets and run.lora_dropout)
+    alone = (run.bf16 and (full or not quick)) or bool(targets and run.lora_dropout)
     noise = (1 if not run.cpu else 2 if run.kernels else FP32) if targets and run.lora_dropout else 0
 
     def read_by(*names: str, layers: int = 1) -> float:
