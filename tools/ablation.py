@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -208,6 +209,7 @@ def main() -> None:
         for variant in args.variants
     ]
     outcomes: list[Outcome] = []
+    writing = Lock()
 
     def run(trial: Trial) -> None:
         outcome = trial.run(args.configs, args.flags)
@@ -215,10 +217,11 @@ def main() -> None:
             f"{trial.variant}, seed {trial.seed}: {outcome.reason or format(outcome.metrics['ndcg@10'], '.4f')}",
             flush=True,
         )
-        outcomes.append(outcome)
         order = {(one.variant, one.seed): place for place, one in enumerate(trials)}
-        outcomes.sort(key=lambda one: order[one.variant, one.seed])
-        write(args.out, outcomes)
+        with writing:
+            outcomes.append(outcome)
+            outcomes.sort(key=lambda one: order[one.variant, one.seed])
+            write(args.out, outcomes)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, trials))
