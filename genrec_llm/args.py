@@ -22,6 +22,7 @@ from genrec_llm.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("8bit", "4bit")
+ROW_INITS = ("auto", "cooccurrence", "cooccurrence+vectors", "vectors", "text", "random")
 SPARSE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -140,7 +141,15 @@ class ModelArguments:
     row_init: str = field(
         default="auto",
         metadata={
-            "help": "First item rows: cooccurrence, text, random; auto takes cooccurrence unless most items are cold."
+            "help": "First item rows: cooccurrence, cooccurrence+vectors, vectors, text, random; auto takes co-occurrence, "
+            "with vectors if given, unless most items are cold."
+        },
+    )
+    item_vectors: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parquet file with a vector of each item (columns item, vector), for their first rows; `genrec vectors` "
+            "makes one of titles."
         },
     )
     tie_item_rows: bool = field(
@@ -156,7 +165,7 @@ class ModelArguments:
         problems = [
             *_one_of("backbone_init", self.backbone_init, ("pretrained", "random")),
             *_one_of("tuning", self.tuning, ("lora", "full")),
-            *_one_of("row_init", self.row_init, ("auto", "cooccurrence", "text", "random")),
+            *_one_of("row_init", self.row_init, ROW_INITS),
             *_one_of("decoder_prompt", self.decoder_prompt, ("last-item", "mask")),
         ]
         if self.quantization is not None:

@@ -127,6 +127,8 @@ _CAPTIONS = {
 """First part of a picture's name in `plots/` → what it shows."""
 _ROW_INITS = {
     "cooccurrence": "from co-occurrence in training",
+    "cooccurrence+vectors": "from co-occurrence in training and vectors of the items",
+    "vectors": "from vectors of the items",
     "text": "from the texts of the items",
     "random": "random",
 }
@@ -900,13 +902,21 @@ def _limits(facts: _Facts) -> list[str]:
     cold_words = (
         f"{'An unrecorded number' if cold is None else f'{cold:,}'} of its items were never seen in training; those are"
     )
-    text = bool(stages) and stages[0]["row_init"] == "text"
-    language = (
-        "Item rows began as the texts of the items: items described in a language that the base knows less may rank worse, "
-        "which was not measured."
-        if text
-        else "Texts of items were not read in training: their language plays no part, and nothing is known from them."
-    )
+    begun = stages[0]["row_init"] if stages else ""
+    if begun == "text":
+        language = (
+            "Item rows began as the texts of the items: items described in a language that the base knows less may rank "
+            "worse, which was not measured."
+        )
+    elif "vectors" in begun:
+        language = (
+            "Item rows began with vectors that were made elsewhere, of the items' texts perhaps: what those favour may be "
+            "in the lists too, which was not measured."
+        )
+    else:
+        language = (
+            "Texts of items were not read in training: their language plays no part, and nothing is known from them."
+        )
     if facts.known_users and facts.info.get("user_mode") == "hashed":
         users = (
             f"Rows of {facts.known_users:,} user buckets are included; a bucket is shared by the users hashed to it."

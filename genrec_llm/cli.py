@@ -2,6 +2,7 @@
 
     genrec data info shop.csv
     genrec audit shop.csv
+    genrec vectors shop.csv --items-file items.csv --encoder sentence-transformers/all-MiniLM-L6-v2 --out vectors.parquet
     genrec estimate --dataset shop.csv --backbone google/flan-t5-small
     genrec finetune --dataset shop.csv --backbone google/flan-t5-small --output-dir runs/shop
     genrec merge --run runs/shop
@@ -176,6 +177,23 @@ def audit(args: argparse.Namespace) -> None:
         print(f"\nwritten to {args.out}, with intervals")
 
 
+def vectors(args: argparse.Namespace) -> None:
+    """Make a vector of each item's title and categories with a pretrained sentence encoder, for --item-vectors."""
+    from genrec_llm.vectors import embed_texts, item_texts, write_item_vectors
+
+    catalogue = _load(args).catalogue
+    columns = [name for name in ("title", "categories") if name in catalogue]
+    texts = item_texts(catalogue[columns].itertuples(index=False))
+    described = [place for place, text in enumerate(texts) if text]
+    if not described:
+        raise ConfigError(f"{args.dataset}: no item has a title or categories: give --items-file with them")
+    found = embed_texts([texts[place] for place in described], args.encoder, revision=args.revision)
+    write_item_vectors(args.out, catalogue["item"].iloc[described].tolist(), found)
+    print(f"{args.out}: {found.shape[1]} numbers for each of {len(described):,} of {counted(len(texts), 'item')}")
+    flags = ["--dataset", args.dataset, *_data_flags(args), "--item-vectors", str(args.out)]
+    print(f"Next: genrec finetune {shlex.join(flags)}")
+
+
 def launched(args: argparse.Namespace) -> None:
     """Run a recipe under `accelerate launch`, on this machine."""
     if {"-h", "--help"} & {*args.rest}:
@@ -346,6 +364,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_flags(audited)
     audited.add_argument("--out", type=Path, help="json file for everything that was found")
     _finish(audited, audit)
+
+    embedded = verbs.add_parser("vectors", help="sentence vectors of the items", description=vectors.__doc__)
+    _add_data_flags(embedded)
+    embedded.add_argument(
+        "--encoder", required=True, help="folder or Hub name, such as sentence-transformers/all-MiniLM-L6-v2"
+    )
+    embedded.add_argument("--revision", help="branch, tag or commit on the Hub")
+    embedded.add_argument("--out", type=Path, required=True, help="parquet file to write")
+    _finish(embedded, vectors)
 
     for name, does in (
         ("pretrain", "stage 1: learn to fill in masked items"),

@@ -1,4 +1,4 @@
-"""Where the new rows start: from the items' texts, from what occurs together, or at random."""
+"""Where the new rows start: from what occurs together, from vectors of the items, from their texts, or at random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genrec_llm.tasks import PromptLayout, Sequences
 from genrec_llm.vocab import IdVocab
 
 logger = logging.getLogger(__name__)
-RowInit = Literal["auto", "text", "cooccurrence", "random"]
+RowInit = Literal["auto", "cooccurrence", "cooccurrence+vectors", "vectors", "text", "random"]
 
 WINDOW = 50
 """Positions within which two items of a history count as co-occurring."""
@@ -27,6 +27,9 @@ MAX_RANK = 256
 MOST_NUMBERS = 2**26
 """Of a matrix of the co-occurrence's decomposition, which has about six of 256 MiB in fp32 then. Catalogues of more than
 262,144 items get fewer directions, a million 67."""
+VECTOR_SHARE, VECTOR_WEIGHT = 3 / 8, 0.7
+"""Of a row's width and of its length, what vectors of the items get beside co-occurrence. Ranking by the last item's row
+alone is best near these on Amazon Beauty with titles (`tools/initial_rows.py`)."""
 RANDOM_NORM = 1.0
 """Row norm for a backbone without pretrained rows: the residual stream starts small, so layers are heard early."""
 USER_NORM = 0.1
@@ -70,11 +73,42 @@ def cooccurrence_rows(sequences: Sequences, num_items: int, dim: int, *, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         left, values, _ = torch.svd_lowrank(matrix.coalesce(), q=min(rank + 16, num_items), niter=6)
-        rows = left[:, :rank] * values[:rank]
-        if rank < dim:
-            rows = rows @ nn.init.orthogonal_(torch.empty(rank, dim))
+        rows = _widened(left[:, :rank] * values[:rank], dim)
     rows[torch.from_numpy(degree == 0)] = 0.0  # where the decomposition leaves rounding noise
     return rows
+
+
+def vector_rows(vectors: Tensor, dim: int, *, seed: int) -> Tensor:
+    """The strongest directions of the items' vectors around their mean, each row at length one, fp32 `[items, dim]`.
+
+    Args:
+        vectors: `[items, width]`; items with a row of zeros have none, and get zeros.
+    """
+    there = vectors.any(dim=1)
+    centred = (vectors - vectors[there].mean(dim=0)) * there.unsqueeze(1)
+    centred = F.normalize(centred, dim=1)
+    rank = min(dim, *vectors.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, values, _ = torch.svd_lowrank(centred, q=min(rank + 16, *vectors.shape), niter=4)
+        rows = F.normalize(left[:, :rank] * values[:rank], dim=1) * there.unsqueeze(1)
+        return _widened(rows, dim)
+
+
+def cooccurrence_and_vectors(sequences: Sequences, vectors: Tensor, dim: int, *, seed: int) -> Tensor:
+    """`cooccurrence_rows` and `vector_rows` beside each other, fp32 `[items, dim]`; a part that is not known is zeros."""
+    of_vectors = min(round(dim * VECTOR_SHARE), *vectors.shape)
+    of_histories = min(dim - of_vectors, MAX_RANK)
+    together = F.normalize(cooccurrence_rows(sequences, len(vectors), of_histories, seed=seed), dim=1)
+    rows = torch.cat([together, VECTOR_WEIGHT * vector_rows(vectors, of_vectors, seed=seed)], dim=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _widened(rows, dim)
+
+
+def _widened(rows: Tensor, dim: int) -> Tensor:
+    """Turned into a wider space by a random rotation."""
+    return rows if rows.shape[1] == dim else rows @ nn.init.orthogonal_(torch.empty(rows.shape[1], dim))
 
 
 def _normalised(rows: Tensor, norm: float, generator: torch.Generator) -> Tensor:
@@ -97,6 +131,7 @@ def initial_rows(
     train: Sequences,
     *,
     method: RowInit = "auto",
+    vectors: Tensor | None = None,
     pretrained: bool = True,
     tie: bool = True,
     seed: int = 0,
@@ -104,14 +139,19 @@ def initial_rows(
     """Build the rows of the new tokens.
 
     "auto" takes co-occurrence, which says more than text about what follows what (a prototype's early NDCG@10 was four
-    times that of random rows), unless fewer than half of the items occur in training, and then the text, if there is one.
+    times that of random rows), with the vectors of the items beside it if there are any; unless fewer than half of the items
+    occur in training, and then the vectors or the text, if there is one.
     Lengths match the backbone's own rows (input) and head rows (output); without pretrained rows they are 1.
+
+    Args:
+        vectors: of the items, `[items, width]`, from `read_item_vectors`.
 
     Returns:
         The rows, and the method that was used.
 
     Raises:
-        ConfigError: text is asked for, but items have none or the backbone has read none.
+        ConfigError: text is asked for, but items have none or the backbone has read none; vectors, but there are none; or
+            there are vectors that the method does not read.
     """
     has_text = "title" in vocab.items or "categories" in vocab.items
     if method == "text" and not (has_text and pretrained):
@@ -120,8 +160,16 @@ def initial_rows(
         )
         raise ConfigError(f"row_init: text is not possible ({missing}): choose cooccurrence or random")
     if method == "auto":
-        occurring = len(np.unique(train.items)) / vocab.num_items
-        method = "text" if occurring < 0.5 and has_text and pretrained else "cooccurrence"
+        cold = len(np.unique(train.items)) / vocab.num_items < 0.5
+        if vectors is not None:
+            method = "vectors" if cold else "cooccurrence+vectors"
+        else:
+            method = "text" if cold and has_text and pretrained else "cooccurrence"
+    if ("vectors" in method) != (vectors is not None):
+        raise ConfigError(
+            f"row_init: {method} needs --item-vectors" if vectors is None
+            else f"item_vectors: rows that start from {method} do not read them: leave row_init at auto, or them out"
+        )  # fmt: skip
 
     generator = torch.Generator().manual_seed(seed)
     dim = model.config.d_model
@@ -131,6 +179,10 @@ def initial_rows(
         rows[written] -= rows[written].mean(dim=0)
     elif method == "cooccurrence":
         rows = cooccurrence_rows(train, vocab.num_items, dim, seed=seed)
+    elif method == "cooccurrence+vectors" and vectors is not None:
+        rows = cooccurrence_and_vectors(train, vectors, dim, seed=seed)
+    elif vectors is not None:
+        rows = vector_rows(vectors, dim, seed=seed)
     else:
         rows = torch.zeros(vocab.num_items, dim)
 

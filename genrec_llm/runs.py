@@ -70,6 +70,7 @@ from genrec_llm.rows import initial_rows
 from genrec_llm.sources import SOURCES, load_interactions
 from genrec_llm.tasks import PromptLayout, Sequences
 from genrec_llm.trainer import GenRecTrainer
+from genrec_llm.vectors import read_item_vectors
 from genrec_llm.vocab import ITEMS_FILE, USERS_FILE, IdVocab
 from genrec_llm.world import agree, from_first
 
@@ -90,7 +91,7 @@ MODEL_SHAPE = (
 """Model arguments that two runs in one directory may never differ in."""
 COURSE = {
     "data": ("max_history",),
-    "model": ("lora_target_modules", "lora_dropout", "dropout", "row_init", "backbone_revision"),
+    "model": ("lora_target_modules", "lora_dropout", "dropout", "row_init", "item_vectors", "backbone_revision"),
     "training": (
         "seed", "global_batch_size", "masks_per_sequence", "last_item_probability", "targets", "user_dropout",
         "learning_rate", "rows_learning_rate", "rows_weight_decay", "weight_decay", "warmup_steps", "lr_scheduler_type",
@@ -293,6 +294,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         layout,
         data.train,
         method=args.row_init,  # type: ignore[arg-type]
+        vectors=read_item_vectors(args.item_vectors, data.vocab) if args.item_vectors else None,
         pretrained=args.backbone_init == "pretrained",
         tie=args.tie_item_rows,
         seed=training.seed,

@@ -325,8 +325,8 @@ def test_evaluating_after_the_data_has_changed(home: Path, tmp_path: Path, refus
 def test_going_on_from_a_checkpoint_with_other_settings(run: Path, home: Path, refused: Refused) -> None:
     changed = {
         "max_history": 7, "lora_target_modules": "q", "lora_dropout": 0.2, "dropout": 0.3, "row_init": "random",
-        "backbone_revision": "other", "seed": 5, "global_batch_size": 8, "masks_per_sequence": 2,
-        "last_item_probability": 0.5, "targets": "last", "user_dropout": 0.3, "learning_rate": 0.5,
+        "item_vectors": "vectors.parquet", "backbone_revision": "other", "seed": 5, "global_batch_size": 8,
+        "masks_per_sequence": 2, "last_item_probability": 0.5, "targets": "last", "user_dropout": 0.3, "learning_rate": 0.5,
         "rows_learning_rate": 0.5, "rows_weight_decay": 0.5, "weight_decay": 0.5, "warmup_steps": 3,
         "lr_scheduler_type": "constant", "num_train_epochs": 7, "max_steps": 9, "bf16": True, "optim": "sgd",
     }  # fmt: skip

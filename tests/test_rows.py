@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from genrec_llm.errors import ConfigError
 from genrec_llm.model import GenRecBackbone, IdTokens, load_backbone, prompt_layout
-from genrec_llm.rows import cooccurrence_rows, initial_rows, text_rows
+from genrec_llm.rows import (
+    VECTOR_WEIGHT,
+    cooccurrence_and_vectors,
+    cooccurrence_rows,
+    initial_rows,
+    text_rows,
+    vector_rows,
+)
 from genrec_llm.tasks import Sequences
 from genrec_llm.vocab import IdVocab
 
@@ -183,6 +190,49 @@ def test_items_without_a_text_do_not_all_start_in_the_same_row(
     silent = torch.tensor([int(vocab.item_id(index)[1:]) % 3 == 0 for index in range(ITEMS)])
     near = cosines(rows.item_in.weight[silent])
     assert near.fill_diagonal_(0).max() < 0.95
+
+
+# --- vectors ------------------------------------------------------------------
+
+
+def test_rows_from_vectors_keep_their_angles_and_items_without_one_get_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(ITEMS, 6, generator=generator)
+    vectors[SEEN:] = 0.0
+    rows = vector_rows(vectors, 16, seed=0)
+    assert rows.shape == (ITEMS, 16) and not rows[SEEN:].any()
+    expected = cosines(vectors[:SEEN] - vectors[:SEEN].mean(dim=0))
+    torch.testing.assert_close(cosines(rows[:SEEN]), expected, rtol=1e-3, atol=1e-3)
+    narrow = vector_rows(vectors, 3, seed=0)
+    assert narrow.shape == (ITEMS, 3)
+    assert torch.corrcoef(torch.stack([cosines(narrow[:SEEN]).flatten(), expected.flatten()]))[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_cooccurrence_and_vectors_stand_beside_each_other(dim: int) -> None:
+    """The product of two rows is that of their co-occurrence and a fixed share of that of their vectors."""
+    vectors = torch.randn(ITEMS, 4, generator=torch.Generator().manual_seed(0))
+    vectors[:3] = 0.0
+    rows = cooccurrence_and_vectors(grouped_histories(), vectors, dim, seed=0)
+    assert rows.shape == (ITEMS, dim)
+    of_histories = cooccurrence_rows(grouped_histories(), ITEMS, dim - 4, seed=0)
+    both = torch.nn.functional.normalize(of_histories, dim=1)
+    expected = both @ both.T + VECTOR_WEIGHT**2 * (of := vector_rows(vectors, 4, seed=0)) @ of.T
+    torch.testing.assert_close(rows @ rows.T, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_auto_puts_vectors_beside_cooccurrence_or_in_its_place(
+    t5: tuple[GenRecBackbone, PreTrainedTokenizerBase],
+) -> None:
+    vectors = torch.randn(ITEMS, 4)
+    few = Sequences(np.arange(10), np.array([0, 5, 10]), np.array([1, 2]))
+    assert rows_of(t5, vocabulary(), vectors=vectors)[1] == "cooccurrence+vectors"
+    assert rows_of(t5, vocabulary(), vectors=vectors, train=few)[1] == "vectors"
+    assert rows_of(t5, vocabulary(), vectors=vectors, pretrained=False)[1] == "cooccurrence+vectors"
+    with pytest.raises(ConfigError, match=r"item_vectors: rows that start from cooccurrence do not read them"):
+        rows_of(t5, vocabulary(), vectors=vectors, method="cooccurrence")
+    with pytest.raises(ConfigError, match=r"row_init: vectors needs --item-vectors"):
+        rows_of(t5, vocabulary(), method="vectors")
 
 
 # --- which method -------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What the first item rows know before any training: validation figures of ranking by the last item's row alone.
 
-python tools/initial_rows.py amazon-beauty --data-dir ../shared/data
+python tools/initial_rows.py amazon-beauty --data-dir ../shared/data --item-vectors vectors.parquet
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch.nn.functional import normalize
 
 from genrec_llm.args import DataArguments
-from genrec_llm.baselines import ItemKNN
+from genrec_llm.baselines import ItemKNN, SequenceRecommender
 from genrec_llm.evaluation import build_report, markdown, rank_recommender
-from genrec_llm.rows import cooccurrence_rows
+from genrec_llm.rows import cooccurrence_and_vectors, cooccurrence_rows, vector_rows
 from genrec_llm.runs import load_data
+from genrec_llm.vectors import read_item_vectors
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("--data-dir")
+    parser.add_argument("--item-vectors", help="as of `genrec vectors`")
     args = parser.parse_args()
     data = load_data(DataArguments(dataset=args.dataset, data_dir=args.data_dir))
-    recommenders = [ItemKNN.fit([data.train[user] for user in range(len(data.train))], data.vocab.num_items)]
-    for dim in (64, 128):
-        rows = cooccurrence_rows(data.train, data.vocab.num_items, dim, seed=0).numpy()
-        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)
-        recommenders.append(LastItemRow(rows, f"last item's row, {dim} wide"))
+    recommenders: list[SequenceRecommender] = [ItemKNN.fit([data.train[user] for user in range(len(data.train))], data.vocab.num_items)]
+    vectors = read_item_vectors(args.item_vectors, data.vocab) if args.item_vectors else None
+    for dim in (64, 128, 256):
+        known = {"co-occurrence": cooccurrence_rows(data.train, data.vocab.num_items, dim, seed=0)}
+        if vectors is not None:
+            known["vectors"] = vector_rows(vectors, dim, seed=0)
+            known["both"] = cooccurrence_and_vectors(data.train, vectors, dim, seed=0)
+        recommenders += [
+            LastItemRow(normalize(rows, dim=1).numpy(), f"last item's row, {name}, {dim} wide")
+            for name, rows in known.items()
+        ]
     held_out = data.held_out("validation")
     print(
         markdown(
