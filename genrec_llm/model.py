@@ -272,7 +272,7 @@ FAMILIES: dict[str, tuple[type[GenRecBackbone], type[GenRecBackbone], list[str]]
 
 NAMED_SIZES: dict[str, PreTrainedConfig] = {
     "t5-micro": T5Config(d_model=64, d_kv=32, num_heads=2, d_ff=256, num_layers=2, num_decoder_layers=1),
-    "t5-mini": T5Config(d_model=128, d_kv=32, num_heads=4, d_ff=512, num_layers=2, num_decoder_layers=1),
+    "t5-mini": T5Config(d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=1, num_decoder_layers=1),
     "bart-micro": BartConfig(
         d_model=64, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=1024,
