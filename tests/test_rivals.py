@@ -6,11 +6,19 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from genrec_llm.args import DataArguments
 from genrec_llm.evaluation import EvalReport
 from genrec_llm.files import read_json
+from genrec_llm.rows import cooccurrence_and_vectors
+from genrec_llm.runs import load_data
+from genrec_llm.vectors import read_item_vectors, write_item_vectors
 
 SMALL = ("--set", "epochs=2", "dim=8", "validate_every=1", "batch_size=32")
 
@@ -63,6 +71,20 @@ def test_what_has_ended_is_not_run_again_and_the_table_has_every_run(
     assert "epoch" not in shown.split("|")[0] and "| hgn_epochs=2" in shown and "| sasrec-softmax_epochs=2" in shown
 
 
+def test_a_rival_begins_with_the_rows_that_ours_would(ground: Path, tmp_path: Path) -> None:
+    """One step at a rate of nothing, so that the first rows are what is left."""
+    items = [f"i{number}" for number in range(30)]
+    write_item_vectors(tmp_path / "vectors.parquet", items, np.random.default_rng(0).random((30, 5), dtype=np.float32))
+    data = ("--dataset", ground / "log.csv", "--items-file", ground / "items.csv")
+    rivals(*data, "--rival", "sasrec-softmax", "--out", tmp_path / "out", "--item-vectors", tmp_path / "vectors.parquet",
+           "--set", "first_rows=cooccurrence+vectors", "learning_rate=1e-30", "dim=8", "epochs=1")  # fmt: skip
+    (folder,) = (path.parent for path in (tmp_path / "out").rglob("rival.json"))
+    found = load_file(folder / "rival.safetensors")["items.weight"][:-1]
+    read = load_data(DataArguments(dataset=str(ground / "log.csv"), items_file=str(ground / "items.csv"), users="none"))
+    vectors = read_item_vectors(tmp_path / "vectors.parquet", read.vocab)
+    torch.testing.assert_close(found, F.normalize(cooccurrence_and_vectors(read.train, vectors, 8, seed=0)))
+
+
 def test_rivals_of_other_data_and_folders_without_one_are_refused(
     ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +103,7 @@ def test_rivals_of_other_data_and_folders_without_one_are_refused(
         (("--rival", "gru4rec", "--dataset", "x.csv"), "gru4rec"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "dropout"), "NAME=VALUE"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "droput=0.1"), "droput"),
+        (("--rival", "hgn", "--dataset", "x.csv", "--set", "first_rows=cooccurrence+vectors"), "--item-vectors"),
         ((), "--rival"),
     ],
 )

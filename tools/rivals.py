@@ -33,8 +33,9 @@ from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import build_report, rank_recommender
 from genrec_llm.files import read_json
 from genrec_llm.metrics import ndcg
-from genrec_llm.rows import cooccurrence_rows
+from genrec_llm.rows import cooccurrence_and_vectors, cooccurrence_rows
 from genrec_llm.runs import load_data, provenance
+from genrec_llm.vectors import read_item_vectors
 
 TUNED = Path(__file__).with_suffix(".yaml")
 
@@ -59,8 +60,12 @@ def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings
     users = user_order(len(data.train))
     sequences, held_out = replace(data.train, users=users), replace(data.held_out("validation"), users=users)
     network = settings.network(data.vocab.num_items, len(users) + 1)
-    if settings.first_rows == "cooccurrence":
-        rows = cooccurrence_rows(data.train, data.vocab.num_items, settings.dim, seed=settings.seed)
+    if settings.first_rows != "random":
+        if settings.first_rows == "cooccurrence":
+            rows = cooccurrence_rows(data.train, data.vocab.num_items, settings.dim, seed=settings.seed)
+        else:
+            vectors = read_item_vectors(args.item_vectors, data.vocab)
+            rows = cooccurrence_and_vectors(data.train, vectors, settings.dim, seed=settings.seed)
         with torch.no_grad():
             network.items.weight[: data.vocab.num_items] = torch.nn.functional.normalize(rows)
 
@@ -129,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rival", help=f"an entry of tools/{TUNED.name}")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE[,VALUE…]", help="settings to replace")
+    parser.add_argument("--item-vectors", help="of `genrec vectors`, for first_rows: cooccurrence+vectors")
     parser.add_argument("--keep-seen", action="store_true", help="validate with the items of the history kept")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each run")
@@ -141,6 +147,8 @@ def main() -> None:
         raise ConfigError("--rival: name one, or ask for --table")
     (source,) = parse_args(DataArguments, argv=of_data)
     settings = {name: tuned(source.dataset, args.rival).with_values(point) for name, point in points(args)}
+    if not args.item_vectors and any("vectors" in each.first_rows for each in settings.values()):
+        raise ConfigError("--item-vectors: first_rows asks for a file of them, as genrec vectors makes it")
     waiting = [name for name in settings if not (args.out / name / FACTS).is_file()]
     if args.only or len(waiting) == 1:
         name = args.only or waiting[0]

@@ -25,6 +25,8 @@ from genrec_llm.tasks import Sequences
 WEIGHTS, FACTS, CHECKPOINT = "rival.safetensors", "rival.json", "checkpoint.safetensors"
 Model = Literal["sasrec", "bert4rec", "caser", "hgn"]
 MODELS: tuple[Model, ...] = ("sasrec", "bert4rec", "caser", "hgn")
+FirstRows = Literal["random", "cooccurrence", "cooccurrence+vectors"]
+FIRST_ROWS: tuple[FirstRows, ...] = ("random", "cooccurrence", "cooccurrence+vectors")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class RivalSettings:
         window, ahead: items that Caser and HGN read, and items after them that they are to find.
         mask_probability: of BERT4Rec.
         negatives: random items a target, for bce; bpr takes one.
-        first_rows: "random", or "cooccurrence": what our own model's rows start from, at length one.
+        first_rows: one of `FIRST_ROWS`; but for random ones what our own model's rows start from, at length one.
         batch_size: sequences (SASRec, BERT4Rec) or windows (Caser, HGN) a step.
         weight_decay: L2 penalty in Adam's gradient, as these models have it.
         epochs: at most.
@@ -59,7 +61,7 @@ class RivalSettings:
     ahead: int = 3
     mask_probability: float = 0.2
     negatives: int = 1
-    first_rows: Literal["random", "cooccurrence"] = "random"
+    first_rows: FirstRows = "random"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     batch_size: int = 256
@@ -74,8 +76,8 @@ class RivalSettings:
             problems.append(f"model: {self.model!r} is not one of {', '.join(MODELS)}")
         if self.loss not in ("softmax", "bce", "bpr"):
             problems.append(f"loss: {self.loss!r} is not one of softmax, bce, bpr")
-        if self.first_rows not in ("random", "cooccurrence"):
-            problems.append(f"first_rows: {self.first_rows!r} is not one of random, cooccurrence")
+        if self.first_rows not in FIRST_ROWS:
+            problems.append(f"first_rows: {self.first_rows!r} is not one of {', '.join(FIRST_ROWS)}")
         counts = ("dim", "layers", "heads", "max_history", "window", "ahead", "negatives", "batch_size", "epochs",
                   "validate_every", "patience")  # fmt: skip
         problems += [f"{name}: {getattr(self, name)} is not at least 1" for name in counts if getattr(self, name) < 1]
