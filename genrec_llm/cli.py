@@ -188,7 +188,8 @@ def vectors(args: argparse.Namespace) -> None:
     if not described:
         raise ConfigError(f"{args.dataset}: no item has a title or categories: give --items-file with them")
     found = embed_texts([texts[place] for place in described], args.encoder, revision=args.revision)
-    write_item_vectors(args.out, catalogue["item"].iloc[described].tolist(), found)
+    made_by = f"{Path(args.encoder).name} {args.revision or ''}".strip()
+    write_item_vectors(args.out, catalogue["item"].iloc[described].tolist(), found, made_by)
     print(f"{args.out}: {found.shape[1]} numbers for each of {len(described):,} of {counted(len(texts), 'item')}")
     flags = ["--dataset", args.dataset, *_data_flags(args), "--item-vectors", str(args.out)]
     print(f"Next: genrec finetune {shlex.join(flags)}")

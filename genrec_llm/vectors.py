@@ -42,14 +42,19 @@ def read_item_vectors(path: str | os.PathLike[str], vocab: IdVocab) -> Tensor:
     missing = [f"{path}: no column `{name}`" for name in ("item", "vector") if name not in table.column_names]
     if missing:
         raise DataError(missing)
-    items, lists = table["item"].cast(pa.string()), table["vector"].combine_chunks()
-    if not pa.types.is_list(lists.type) and not pa.types.is_fixed_size_list(lists.type):
-        raise DataError(f"{path}: column `vector` holds {lists.type}, not lists of numbers")
+    lists = table["vector"].combine_chunks()
+    kind = lists.type
+    a_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not a_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise DataError(f"{path}: column `vector` holds {kind}, not lists of numbers")
+    if not (pa.types.is_string(table["item"].type) or pa.types.is_large_string(table["item"].type)
+            or pa.types.is_integer(table["item"].type)):  # fmt: skip
+        raise DataError(f"{path}: column `item` holds {table['item'].type}, not ids (text or whole numbers)")
     widths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(widths) != 1 or not widths[0]:
         raise DataError(f"{path}: vectors have the lengths {listed(map(str, widths))}: all need one, above 0")
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, widths[0])
-    raw = items.to_pylist()
+    raw = table["item"].cast(pa.string()).to_pylist()
     places = vocab.find_items(raw)
     known = np.flatnonzero(places >= 0)
     counts = np.bincount(places[known], minlength=vocab.num_items)
@@ -62,6 +67,8 @@ def read_item_vectors(path: str | os.PathLike[str], vocab: IdVocab) -> Tensor:
     ]
     if not len(known):
         problems.append(f"{path}: none of its {counted(len(raw), 'item')} is in the data set: are these its raw ids?")
+    elif not values[known].any():
+        problems.append(f"{path}: every vector is zeros")
     if problems:
         raise DataError(problems)
     if len(known) < vocab.num_items:
@@ -71,11 +78,19 @@ def read_item_vectors(path: str | os.PathLike[str], vocab: IdVocab) -> Tensor:
     return vectors
 
 
-def write_item_vectors(path: str | os.PathLike[str], items: Sequence[str], vectors: NDArray[np.float32]) -> None:
-    """Write what `read_item_vectors` reads; `vectors` `[items, width]`."""
+def write_item_vectors(
+    path: str | os.PathLike[str], items: Sequence[str], vectors: NDArray[np.float32], made_by: str = ""
+) -> None:
+    """Write what `read_item_vectors` reads.
+
+    Args:
+        vectors: `[items, width]`.
+        made_by: is kept in the file's metadata, as `made_by`.
+    """
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = pa.table({"item": pa.array(items, pa.string()), "vector": column}, metadata={"made_by": made_by})
     with atomic_file(path) as temporary:
-        pq.write_table(pa.table({"item": pa.array(items, pa.string()), "vector": column}), temporary)
+        pq.write_table(table, temporary)
 
 
 @torch.inference_mode()
@@ -100,6 +115,8 @@ def embed_texts(
         raise ConfigError(f"encoder: {encoder!r} does not load: {str(error).splitlines()[0]}") from error
     if model.config.is_encoder_decoder:
         raise ConfigError(f"encoder: {encoder!r} has a decoder: name a sentence encoder, such as all-MiniLM-L6-v2")
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"encoder: the tokenizer of {encoder!r} has no padding token: name a sentence encoder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
     most = min(tokenizer.model_max_length, MOST_PIECES)

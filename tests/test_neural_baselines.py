@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from genrec_llm.baselines import neural
 from genrec_llm.baselines.networks import HGN, SASRec, of_like_length, right_aligned
 from genrec_llm.baselines.neural import FACTS, NeuralRecommender, RivalSettings, train
 from genrec_llm.errors import ConfigError
+from genrec_llm.files import read_json, write_json
 from genrec_llm.tasks import Sequences
 
 ITEMS, USERS = 20, 60
@@ -47,7 +49,7 @@ def next_found(recommender: NeuralRecommender) -> float:
 
 def trained(settings: RivalSettings, cycles: Sequences, folder: Path) -> tuple[Any, dict[str, Any]]:
     network = settings.network(ITEMS, USERS + 1)
-    found = train(network, settings, cycles, folder, next_found, lambda *_: None)
+    found = train(network, settings, cycles, folder, {"data": "cycles"}, next_found, lambda *_: None)
     return network, found
 
 
@@ -84,19 +86,52 @@ def test_a_killed_training_goes_on_to_the_same_end(
 def test_the_best_weights_are_kept_and_load_again(cycles: Sequences, tmp_path: Path) -> None:
     settings = RivalSettings(**(SMALL | KINDS["caser"] | {"epochs": 6, "patience": 2}))
     network = settings.network(ITEMS, USERS + 1)
-    figures = iter([0.1, 0.5, 0.3, 0.4])
+    figures = iter([0.1, 0.5, 0.3, 0.5])
     kept: list[torch.Tensor] = []
 
     def validate(recommender: NeuralRecommender) -> float:
         kept.append(recommender.network.items.weight.detach().clone())
         return next(figures)
 
-    found = train(network, settings, cycles, tmp_path, validate, lambda *_: None)
-    assert found["best_epoch"] == 2 and len(found["curve"]) == 4  # two validations without a better one
-    neural.finish(tmp_path, settings, network, USERS + 1, found | {"name": "Caser"})
+    found = train(network, settings, cycles, tmp_path, {}, validate, lambda *_: None)
+    assert found["best_epoch"] == 2 and len(found["curve"]) == 4  # two validations without a better one; a tie is none
+    neural.finish(tmp_path, settings, {}, network, found | {"name": "Caser", "users": USERS + 1})
     loaded = NeuralRecommender.load(tmp_path)
     assert torch.equal(loaded.network.items.weight, kept[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [FACTS, neural.WEIGHTS]
+    write_json(tmp_path / FACTS, read_json(tmp_path / FACTS) | {"form": 0})
+    with pytest.raises(ConfigError, match="an earlier form"):
+        NeuralRecommender.load(tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_refused(cycles: Sequences, tmp_path: Path) -> None:
+    settings = RivalSettings(**(SMALL | KINDS["hgn"] | {"epochs": 1}))
+    trained(settings, cycles, tmp_path)
+    before = (tmp_path / neural.CHECKPOINT).read_bytes()
+    for other, of in ((replace(settings, dropout=0.2), {"data": "cycles"}), (settings, {"data": "others"})):
+        with pytest.raises(ConfigError, match="of a run with other settings or data"):
+            train(settings.network(ITEMS, USERS + 1), other, cycles, tmp_path, of, next_found, lambda *_: None)
+    assert (tmp_path / neural.CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize(("kind", "entry"), [("sasrec-softmax", 8.0), ("bert4rec", 1.0)])
+def test_what_goes_into_the_layers_is_as_published(kind: str, entry: float) -> None:
+    """SASRec's rows times the root of their width, beside positions of their size; BERT4Rec's sum through a norm."""
+    network = RivalSettings(**(SMALL | KINDS[kind] | {"dim": 64})).network(ITEMS, USERS).eval()
+    seen: list[torch.Tensor] = []
+    network.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    network.scores([np.array([4, 9])], np.array([0]))
+    items, places = network.items.weight[[4, 9]], network.places.weight
+    if kind == "bert4rec":
+        assert seen[0].std().item() == pytest.approx(1, rel=0.05)
+    else:
+        torch.testing.assert_close(seen[0][0], items * entry + places[-2:])
+    assert places.std().item() == pytest.approx(0.02 * entry, rel=0.1)
+
+
+def test_layers_begin_with_weights_of_their_own() -> None:
+    first, second = SASRec(ITEMS, dim=16, layers=2, heads=1, dropout=0.0, max_history=8, loss="softmax").encoder.layers
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
 
 
 def test_what_a_sequence_predicts_sees_nothing_of_what_comes_after() -> None:

@@ -65,6 +65,9 @@ def test_what_has_ended_is_not_run_again_and_the_table_has_every_run(
     kept = {path: path.stat().st_mtime_ns for path in (ground / "rivals").rglob("rival.json")}
     data = ("--dataset", ground / "log.csv", "--items-file", ground / "items.csv")
     rivals(*data, "--rival", "hgn", "--out", ground / "rivals", *SMALL)
+    with pytest.raises(SystemExit):
+        rivals(*data, "--rival", "hgn", "--out", ground / "rivals", *SMALL, "--keep-seen")
+    assert "trained with another keep_seen" in capsys.readouterr().err
     rivals("--table", "--out", ground / "rivals")
     assert {path: path.stat().st_mtime_ns for path in (ground / "rivals").rglob("rival.json")} == kept
     shown = capsys.readouterr().out
@@ -82,7 +85,7 @@ def test_a_rival_begins_with_the_rows_that_ours_would(ground: Path, tmp_path: Pa
     found = load_file(folder / "rival.safetensors")["items.weight"][:-1]
     read = load_data(DataArguments(dataset=str(ground / "log.csv"), items_file=str(ground / "items.csv"), users="none"))
     vectors = read_item_vectors(tmp_path / "vectors.parquet", read.vocab)
-    torch.testing.assert_close(found, F.normalize(cooccurrence_and_vectors(read.train, vectors, 8, seed=0)))
+    torch.testing.assert_close(found, F.normalize(cooccurrence_and_vectors(read.train, vectors, 8, seed=0)) / 8**0.5)
 
 
 def test_rivals_of_other_data_and_folders_without_one_are_refused(

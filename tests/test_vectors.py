@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -57,9 +59,11 @@ def test_vectors_stand_at_the_rows_of_their_items(
     assert "no vector for 1 item" in caplog.text
 
 
-def test_any_program_may_write_them(vocab: IdVocab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int32(), 2)])
+def test_any_program_may_write_them(kind: pa.DataType, vocab: IdVocab, tmp_path: Path) -> None:
     path = tmp_path / "vectors.parquet"
-    pd.DataFrame({"item": ["tea", "mug"], "vector": [[0.5, 1], [2, 3]], "note": ["", ""]}).to_parquet(path)
+    items = pa.array(["tea", "mug"], pa.large_string())
+    pq.write_table(pa.table({"item": items, "vector": pa.array([[0, 1], [2, 3]], kind), "note": ["", ""]}), path)
     assert read_item_vectors(path, vocab)[vocab.encode_items(["mug"])].tolist() == [[2, 3]]
 
 
@@ -70,7 +74,9 @@ def test_any_program_may_write_them(vocab: IdVocab, tmp_path: Path) -> None:
         ({"name": ["tea"]}, ["no column `item`", "no column `vector`"]),
         ({"item": ["tea"], "vector": [3.0]}, ["not lists of numbers"]),
         ({"item": ["tea", "mug"], "vector": [[1.0], [1.0, 2.0]]}, ["the lengths 1, 2"]),
-        ({"item": ["tea"], "vector": [[]]}, ["the lengths"]),
+        ({"item": ["tea"], "vector": [["1.0"]]}, ["not lists of numbers"]),
+        ({"item": [["tea"]], "vector": [[1.0]]}, ["not ids (text or whole numbers)"]),
+        ({"item": ["tea"], "vector": [[0.0]]}, ["every vector is zeros"]),
         ({"item": ["cup"], "vector": [[1.0]]}, ["none of its 1 item is in the data set"]),
         (
             {"item": ["tea", "tea", "mug"], "vector": [[1.0], [2.0], [float("nan")]]},

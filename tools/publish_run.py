@@ -35,7 +35,6 @@ def stages_of(run: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def page(name: str, stages: list[tuple[Path, dict[str, Any]]], reports: dict[str, dict[str, Any]]) -> str:
     """The markdown page."""
-    last = stages[-1][1]
     lines = [
         f"# {name}",
         "",
@@ -58,7 +57,7 @@ def page(name: str, stages: list[tuple[Path, dict[str, Any]]], reports: dict[str
             f"{launch['strategy']} x {launch['world_size']}, {launch['precision']} | {facts['hardware']} | "
             f"{facts['trainable_parameters']:,} | {done['steps']} | {done['seconds']:.0f} | {best} |"
         )
-    lines += ["", f"Item rows started from: {last['row_init']}.", "", "![learning curve](curve.png)", ""]
+    lines += ["", f"Item rows started from: {stages[0][1]['row_init']}.", "", "![learning curve](curve.png)", ""]
     for split, report in reports.items():
         protocol = report["reports"][0]["protocol"]
         seen = "removed" if protocol["exclude_seen"] else "kept"

@@ -7,8 +7,9 @@
 
 `--rival` names an entry of tools/rivals.yaml: what it is trained with, by data set where they differ. `--set` replaces
 some of it; several values, or several seeds, make a run of each combination. A run is a folder of its own, named after the
-rival and what was replaced. Killed at any time, the same command goes on; runs that have ended are not run again.
-`--table` lists all runs of a folder, with their best validation. The flags of data are those of the recipes.
+rival and what was replaced. Killed at any time, the same command goes on; runs that have ended are not run again, and a
+folder of other settings or data is refused. `--table` lists all runs of a folder, with their best validation. The flags of
+data are those of the recipes.
 
 `recipes/evaluate.py --rivals FOLDER …` ranks them beside a model of ours.
 """
@@ -28,10 +29,10 @@ import torch
 import yaml
 
 from genrec_llm.args import DataArguments, parse_args
-from genrec_llm.baselines.neural import FACTS, NeuralRecommender, RivalSettings, finish, train, user_order
+from genrec_llm.baselines.neural import FACTS, NeuralRecommender, RivalSettings, finish, identity, train, user_order
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import build_report, rank_recommender
-from genrec_llm.files import read_json
+from genrec_llm.files import read_json, sha256_file
 from genrec_llm.metrics import ndcg
 from genrec_llm.rows import cooccurrence_and_vectors, cooccurrence_rows
 from genrec_llm.runs import load_data, provenance
@@ -54,9 +55,23 @@ def tuned(dataset: str, rival: str) -> RivalSettings:
 
 
 def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings, folder: Path) -> None:
-    """Train one rival in this process and write its report on the validation split."""
+    """Train one rival in this process and write its report on the validation split.
+
+    Raises:
+        ConfigError: the folder has a rival of other settings or data.
+    """
+    made_by = provenance()
     torch.set_num_threads(args.threads)
     data = load_data(replace(source, users="none"))
+    of = {
+        "dataset": data.name, "fingerprint": data.fingerprint, "vocabulary": data.vocabulary, "keep_seen": args.keep_seen,
+        "item_vectors": sha256_file(Path(args.item_vectors)) if "vectors" in settings.first_rows else None,
+    }  # fmt: skip
+    if (folder / FACTS).is_file():
+        found = read_json(folder / FACTS)
+        if other := [name for name, value in identity(settings, of).items() if found.get(name) != value]:
+            raise ConfigError(f"{folder}: trained with another {', '.join(other)}: choose another --out, or remove it")
+        return
     users = user_order(len(data.train))
     sequences, held_out = replace(data.train, users=users), replace(data.held_out("validation"), users=users)
     network = settings.network(data.vocab.num_items, len(users) + 1)
@@ -67,7 +82,7 @@ def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings
             vectors = read_item_vectors(args.item_vectors, data.vocab)
             rows = cooccurrence_and_vectors(data.train, vectors, settings.dim, seed=settings.seed)
         with torch.no_grad():
-            network.items.weight[: data.vocab.num_items] = torch.nn.functional.normalize(rows)
+            network.items.weight[: data.vocab.num_items] = torch.nn.functional.normalize(rows) / network.scale
 
     def validate(recommender: NeuralRecommender) -> float:
         ranks = rank_recommender(recommender, held_out, exclude_seen=not args.keep_seen).ranks
@@ -77,12 +92,11 @@ def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings
         print(f"epoch {epoch}: loss {loss:.4f}, validation NDCG@10 {figure:.4f}", flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = train(network, settings, sequences, folder, validate, report)
+    curve = train(network, settings, sequences, folder, of, validate, report)
     ranked = rank_recommender(NeuralRecommender(network, args.rival), held_out, exclude_seen=not args.keep_seen)
     build_report(args.rival, ranked, held_out, exclude_seen=not args.keep_seen).save(folder / "validation")
-    facts = {"name": args.rival, "dataset": data.name, "fingerprint": data.fingerprint, "vocabulary": data.vocabulary}
-    finish(folder, settings, network, len(users) + 1, facts | found | provenance())
-    print(f"{folder}: validation NDCG@10 {max(figure for *_, figure in found['curve']):.4f}")
+    finish(folder, settings, of, network, {"name": args.rival, "users": len(users) + 1} | curve | made_by)
+    print(f"{folder}: validation NDCG@10 {max(figure for *_, figure in curve['curve']):.4f}")
 
 
 def points(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
@@ -149,12 +163,11 @@ def main() -> None:
     settings = {name: tuned(source.dataset, args.rival).with_values(point) for name, point in points(args)}
     if not args.item_vectors and any("vectors" in each.first_rows for each in settings.values()):
         raise ConfigError("--item-vectors: first_rows asks for a file of them, as genrec vectors makes it")
-    waiting = [name for name in settings if not (args.out / name / FACTS).is_file()]
-    if args.only or len(waiting) == 1:
-        name = args.only or waiting[0]
+    if args.only or len(settings) == 1:
+        name = args.only or next(iter(settings))
         run(args, source, settings[name], args.out / name)
-    elif waiting:
-        queue(args, waiting)
+    else:
+        queue(args, list(settings))
     print(table(args.out))
 
 

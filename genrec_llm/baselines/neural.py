@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from genrec_llm.baselines.networks import HGN, BERT4Rec, Caser, Loss, Network, SASRec
+from genrec_llm.baselines.networks import FORM, HGN, BERT4Rec, Caser, Loss, Network, SASRec
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import atomic_file, read_json, write_json
 from genrec_llm.tasks import Sequences
@@ -137,8 +137,14 @@ class NeuralRecommender:
 
     @classmethod
     def load(cls, folder: Path) -> NeuralRecommender:
-        """What `finish` left in a folder."""
+        """What `finish` left in a folder.
+
+        Raises:
+            ConfigError: its networks computed something else then.
+        """
         facts = read_json(folder / FACTS)
+        if facts.get("form") != FORM:
+            raise ConfigError(f"{folder}: trained with an earlier form of the rivals: train it again in another folder")
         network = RivalSettings(**facts["settings"]).network(facts["items"], facts["users"])
         network.load_state_dict(load_file(folder / WEIGHTS))
         return cls(network.eval(), facts["name"])
@@ -154,6 +160,7 @@ def train(
     settings: RivalSettings,
     sequences: Sequences,
     folder: Path,
+    of: dict[str, Any],
     validate: Callable[[NeuralRecommender], float],
     report: Callable[[int, float, float], None],
 ) -> dict[str, Any]:
@@ -161,11 +168,15 @@ def train(
 
     Args:
         sequences: training parts.
+        of: what else the weights follow from (data, first rows, protocol); a checkpoint of something else is refused.
         validate: figure of merit of a recommender on the validation split, higher is better.
         report: told epoch, mean loss and figure after each validation.
 
     Returns:
         `curve`, `[epoch, loss, figure]` of each validation, `best_epoch` and `seconds` of training and validation.
+
+    Raises:
+        ConfigError: the folder has a checkpoint of other settings, or of something else.
     """
     optimizer = torch.optim.Adam(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -173,7 +184,7 @@ def train(
     curve: list[list[float]] = []
     before = 0.0
     if (folder / CHECKPOINT).is_file():
-        curve, before = _read_checkpoint(folder / CHECKPOINT, network, optimizer)
+        curve, before = _read_checkpoint(folder / CHECKPOINT, network, optimizer, identity(settings, of))
     begun, losses, done = time.perf_counter(), [], int(curve[-1][0]) if curve else 0
     while done < settings.epochs and not _ended(curve, settings.patience):
         losses.append(_epoch(network, optimizer, settings, sequences, done))
@@ -185,14 +196,25 @@ def train(
         curve.append([done, float(np.mean(losses)), figure])
         report(*curve[-1])  # type: ignore[arg-type]
         losses = []
-        if figure == max(value for *_, value in curve):
+        if curve.index(_best(curve)) == len(curve) - 1:
             with atomic_file(folder / WEIGHTS) as temporary:
                 save_file(network.state_dict(), temporary)
-        _write_checkpoint(folder / CHECKPOINT, network, optimizer, curve, before + time.perf_counter() - begun)
-    best = max(curve, key=lambda point: point[2])
+        _write_checkpoint(folder / CHECKPOINT, network, optimizer, curve, before + time.perf_counter() - begun,
+                          identity(settings, of))  # fmt: skip
+    best = _best(curve)
     network.load_state_dict(load_file(folder / WEIGHTS))
     network.eval()
     return {"curve": curve, "best_epoch": int(best[0]), "seconds": before + time.perf_counter() - begun}
+
+
+def identity(settings: RivalSettings, of: dict[str, Any]) -> dict[str, Any]:
+    """All that the weights of a rival follow from."""
+    return {"settings": asdict(settings), "form": FORM} | of
+
+
+def _best(curve: list[list[float]]) -> list[float]:
+    """The first of the best validations."""
+    return max(curve, key=lambda point: point[2])
 
 
 def _ended(curve: list[list[float]], patience: int) -> bool:
@@ -219,18 +241,24 @@ def _epoch(
 
 
 def _write_checkpoint(
-    path: Path, network: Network, optimizer: torch.optim.Optimizer, curve: list[list[float]], seconds: float
-) -> None:
+    path: Path, network: Network, optimizer: torch.optim.Optimizer, curve: list[list[float]], seconds: float,
+    of: dict[str, Any],
+) -> None:  # fmt: skip
     tensors: dict[str, Tensor] = {f"network.{name}": value for name, value in network.state_dict().items()}
     for place, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{place}.{name}": value for name, value in moments.items()}
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, {"curve": json.dumps(curve), "seconds": json.dumps(seconds)})
+        facts = {"curve": curve, "seconds": seconds, "of": of}
+        save_file(tensors, temporary, {name: json.dumps(value, sort_keys=True) for name, value in facts.items()})
 
 
-def _read_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimizer) -> tuple[list[list[float]], float]:
+def _read_checkpoint(
+    path: Path, network: Network, optimizer: torch.optim.Optimizer, of: dict[str, Any]
+) -> tuple[list[list[float]], float]:
     with safe_open(path, "pt") as file:
         facts = file.metadata()
+    if facts.get("of") != json.dumps(of, sort_keys=True):
+        raise ConfigError(f"{path}: of a run with other settings or data: choose another --out, or remove its folder")
     tensors = load_file(path)
     network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
     state: dict[int, dict[str, Tensor]] = {}
@@ -242,7 +270,12 @@ def _read_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimi
     return json.loads(facts["curve"]), json.loads(facts["seconds"])
 
 
-def finish(folder: Path, settings: RivalSettings, network: Network, num_users: int, facts: dict[str, Any]) -> None:
-    """Write what `NeuralRecommender.load` reads, and what made it; the checkpoint goes."""
-    write_json(folder / FACTS, {"settings": asdict(settings), "items": network.num_items, "users": num_users} | facts)
+def finish(folder: Path, settings: RivalSettings, of: dict[str, Any], network: Network, facts: dict[str, Any]) -> None:
+    """Write what `NeuralRecommender.load` reads, and what made it; the checkpoint goes.
+
+    Args:
+        of: see `train`.
+        facts: what else is known, `users` (rows of users) among it.
+    """
+    write_json(folder / FACTS, identity(settings, of) | {"items": network.num_items} | facts)
     (folder / CHECKPOINT).unlink(missing_ok=True)
