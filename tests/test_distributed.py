@@ -322,7 +322,8 @@ fully_shard(shared, mesh=mesh)
 before = {name: value.detach().clone() for name, value in alone.named_parameters(remove_duplicate=False)}
 
 def train(model, mine, scale):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # With AdamW's own eps a gradient near nothing is divided by its rounding, which differs from CPU to CPU.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
     losses = []
     for epoch in range(3):
         loss = model(**as_tensors(task.batch(epoch, mine)), num_items_in_batch=16).loss
@@ -342,8 +343,7 @@ assert ours.keys() == theirs.keys()
 moved = 0
 for name, value in theirs.items():
     assert isinstance(value, DTensor), f"{name} is not shared out"
-    # AdamW at 1e-2 divides gradients near nothing by their own rounding, which differs from CPU to CPU (3e-6 was seen).
-    torch.testing.assert_close(value.detach().full_tensor(), ours[name].detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(value.detach().full_tensor(), ours[name].detach(), rtol=0, atol=2e-6)
     moved += bool(value.requires_grad and not torch.equal(ours[name], before[name]))
 tables = [name for name in theirs if name.endswith("item_in.weight") or name.endswith("item_out.weight")]
 trained = [theirs[name] for name in tables if theirs[name].requires_grad]
