@@ -28,8 +28,7 @@ MOST_NUMBERS = 2**26
 """Of a matrix of the co-occurrence's decomposition, which has about six of 256 MiB in fp32 then. Catalogues of more than
 262,144 items get fewer directions, a million 67."""
 VECTOR_SHARE, VECTOR_WEIGHT = 3 / 8, 0.7
-"""Of a row's width and of its length, what vectors of the items get beside co-occurrence. Ranking by the last item's row
-alone is best near these on Amazon Beauty with titles (`tools/initial_rows.py`)."""
+"""Of a row's width, and against a length of one, what vectors of the items get beside co-occurrence."""
 RANDOM_NORM = 1.0
 """Row norm for a backbone without pretrained rows: the residual stream starts small, so layers are heard early."""
 USER_NORM = 0.1

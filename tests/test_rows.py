@@ -221,6 +221,13 @@ def test_cooccurrence_and_vectors_stand_beside_each_other(dim: int) -> None:
     torch.testing.assert_close(rows @ rows.T, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_wide_vectors_get_their_share_of_a_row_and_no_more() -> None:
+    vectors = torch.randn(ITEMS, 40, generator=torch.Generator().manual_seed(0))
+    rows = cooccurrence_and_vectors(grouped_histories(), vectors, 16, seed=0)
+    torch.testing.assert_close(rows[:, :10].norm(dim=1), torch.ones(ITEMS) * (torch.arange(ITEMS) < SEEN))
+    torch.testing.assert_close(rows[:, 10:].norm(dim=1), torch.full((ITEMS,), VECTOR_WEIGHT))
+
+
 def test_auto_puts_vectors_beside_cooccurrence_or_in_its_place(
     t5: tuple[GenRecBackbone, PreTrainedTokenizerBase],
 ) -> None:

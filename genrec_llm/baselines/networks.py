@@ -108,7 +108,7 @@ class _Transformer(Network):
 
     Args:
         scale: of item rows on their way in, and of fresh position rows; SASRec's authors multiply rows of items by the
-            square root of their width. Without it the layers drown them out, and the strong SASRec learns half as fast.
+            square root of their width, so that the layers do not drown them out.
         entry: what the sum of item and position rows goes through first; BERT4Rec has a norm there.
     """
 
