@@ -159,17 +159,17 @@ def test_losses_are_their_formulas() -> None:
     torch.manual_seed(0)
     walks = Sequences(np.array([1, 2, 3]), np.array([0, 3]), np.array([1]))
     for loss in ("softmax", "bce", "bpr"):
-        network = SASRec(5, dim=8, layers=1, heads=1, dropout=0.0, max_history=4, loss=loss).eval()
+        network = SASRec(5, dim=8, layers=1, heads=1, dropout=0.0, max_history=4, loss=loss, negatives=2).eval()
         found = network.loss(walks, np.array([0]), np.random.default_rng(7))
         states, targets = network.states_and_targets(walks, np.array([0]), np.random.default_rng(7))
         scores = states @ network.items.weight[:5].T
         assert targets.tolist() == [2, 3]
         wanted = scores.gather(1, targets[:, None])
-        drawn = torch.from_numpy(np.random.default_rng(7).integers(5, size=(2, 1)))
+        drawn = torch.from_numpy(np.random.default_rng(7).integers(5, size=(2, 2)))
         random = scores.gather(1, drawn)
         expected = {
             "softmax": torch.nn.functional.cross_entropy(scores, targets),
-            "bce": (-wanted.sigmoid().log() - (1 - random.sigmoid()).log()).mean(),
+            "bce": -wanted.sigmoid().log().mean() - (1 - random.sigmoid()).log().mean(),
             "bpr": -(wanted - random).sigmoid().log().mean(),
         }[loss]
         torch.testing.assert_close(found, expected)
@@ -201,5 +201,7 @@ def test_settings_that_make_no_sense_are_refused_all_at_once() -> None:
     settings = RivalSettings("sasrec")
     assert settings.with_values({"dropout": "0.3", "dim": "32", "loss": "bce"}).dim == 32
     with pytest.raises(ConfigError) as caught:
-        settings.with_values({"droput": "0.3", "dim": "wide"})
-    assert len(caught.value.problems) == 2
+        settings.with_values({"droput": "0.3", "dim": "wide", "epochs": "2.7"})
+    assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError, match=r"epochs: 2\.7 is not a whole number"):
+        RivalSettings("sasrec", epochs=2.7)  # type: ignore[arg-type]

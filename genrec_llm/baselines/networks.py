@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 Loss = Literal["softmax", "bce", "bpr"]
 ROW_STD = 0.02
 """Standard deviation of fresh rows, as in BERT4Rec and S3-Rec."""
-FORM = 3
+FORM = 4
 """Of these networks: weights of another form are not read. To be raised with what they compute."""
 
 
@@ -43,8 +43,8 @@ class Network(nn.Module):
     Args:
         num_items: of the catalogue; index `num_items` is padding.
         dim: width of item rows.
-        loss: "softmax" over all items; "bce", binary cross-entropy of the target and `negatives` random items; "bpr",
-            the target against one random item (Rendle et al., 2009).
+        loss: "softmax" over all items; "bce", binary cross-entropy of the target plus that of `negatives` random items on
+            average; "bpr", the target against one random item (Rendle et al., 2009).
         negatives: random items a target, drawn uniformly. The authors leave out what the user had; on Amazon Beauty that
             would be one in a thousand of them, on MovieLens-100K one in sixteen.
     """
@@ -92,7 +92,7 @@ class Network(nn.Module):
             scores = scores + bias[asked]
         if self.loss_kind == "bpr":
             return F.softplus(scores[:, 1:] - scores[:, :1]).mean()
-        return F.softplus(-scores[:, 0]).mean() + F.softplus(scores[:, 1:]).sum(dim=1).mean()
+        return F.softplus(-scores[:, 0]).mean() + F.softplus(scores[:, 1:]).mean()
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[IntArray], users: IntArray) -> Tensor:

@@ -80,7 +80,11 @@ class RivalSettings:
             problems.append(f"first_rows: {self.first_rows!r} is not one of {', '.join(FIRST_ROWS)}")
         counts = ("dim", "layers", "heads", "max_history", "window", "ahead", "negatives", "batch_size", "epochs",
                   "validate_every", "patience")  # fmt: skip
-        problems += [f"{name}: {getattr(self, name)} is not at least 1" for name in counts if getattr(self, name) < 1]
+        problems += [
+            f"{name}: {value} is not a whole number of at least 1"
+            for name in counts
+            if (value := getattr(self, name)) < 1 or value != int(value)
+        ]
         problems += [f"{name}: {getattr(self, name)} is not between 0 and 1"
                      for name in ("dropout", "mask_probability") if not 0 <= getattr(self, name) < 1]  # fmt: skip
         if self.learning_rate <= 0 or self.weight_decay < 0:
@@ -98,7 +102,7 @@ class RivalSettings:
         problems, values = [], {}
         for name, text in texts.items():
             try:
-                values[name] = known[name](float(text)) if known[name] is int else known[name](text)
+                values[name] = known[name](text)
             except KeyError:
                 problems.append(f"{name}: unknown; there are {', '.join(known)}")
             except ValueError:
