@@ -483,6 +483,8 @@ class RunDirectory:
         self._agree(trainer)
         trainable = sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad)
         self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
+        if self.model_args.item_vectors:
+            self.facts["item_vectors_sha256"] = sha256_file(self.model_args.item_vectors)
         if isinstance(built.model, PeftModel):
             self.facts["lora_targets"] = sorted(built.model.peft_config["default"].target_modules)
         resumed = from_first(lambda: last_complete_checkpoint(self.path))

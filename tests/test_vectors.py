@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from genrec_llm import cli
 from genrec_llm.errors import ConfigError, DataError
-from genrec_llm.files import read_json
+from genrec_llm.files import read_json, sha256_file
 from genrec_llm.vectors import embed_texts, read_item_vectors, write_item_vectors
 from genrec_llm.vocab import IdVocab
 
@@ -142,7 +142,8 @@ def test_from_titles_to_rows(
     run = ["--dataset", log, "--backbone", base, "--use_cpu", "--disable_tqdm", "true", "--max-steps", 1,
            "--item-vectors", out]  # fmt: skip
     tiny.recipe("finetune", *run, "--output-dir", tmp_path / "run")
-    assert read_json(tmp_path / "run" / "run.json")["row_init"] == "cooccurrence+vectors"
+    facts = read_json(tmp_path / "run" / "run.json")
+    assert facts["row_init"] == "cooccurrence+vectors" and facts["item_vectors_sha256"] == sha256_file(out)
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "vectors of the items" in card and out.name not in card
     with pytest.raises(SystemExit):
