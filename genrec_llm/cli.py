@@ -294,7 +294,7 @@ def pull(args: argparse.Namespace) -> None:
 
 def plot(args: argparse.Namespace) -> None:
     """Draw a run's learning curves, metrics, ranks and item rows into its plots/ folder."""
-    from genrec_llm.card import refresh_cards
+    from genrec_llm.card.page import refresh_cards
     from genrec_llm.plots import draw_run
 
     written = draw_run(Path(args.run))

@@ -424,7 +424,7 @@ def write_summary(
 
     Args:
         facts: what made the numbers: command, commit, hardware, versions, and the model: with `trained_on` (see
-            `card.quantized_training`) the validation that training measured is shown beside this one.
+            `card.facts.quantized_training`) the validation that training measured is shown beside this one.
 
     Raises:
         ConfigError: the reports were not made under the same protocol.

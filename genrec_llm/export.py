@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from genrec_llm import __version__
 from genrec_llm.batching import as_tensors
-from genrec_llm.card import write_card
+from genrec_llm.card.page import write_card
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
 from genrec_llm.errors import ExportError
 from genrec_llm.files import atomic_directory, describe_files, read_json, write_json

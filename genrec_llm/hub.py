@@ -37,7 +37,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 
-from genrec_llm.card import CARD_FILE, PLOTS, from_nothing, is_hub_name, model_card
+from genrec_llm.card.figures import PLOTS
+from genrec_llm.card.origins import from_nothing, is_hub_name
+from genrec_llm.card.page import CARD_FILE, model_card
 from genrec_llm.errors import ConfigError, ExportError, counted
 from genrec_llm.export import write_without_users
 from genrec_llm.files import atomic_directory, describe_files, read_json, write_json, writing

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from genrec_llm.card import PLOTS
+from genrec_llm.card.figures import PLOTS
 from genrec_llm.errors import ConfigError, GenRecError
 from genrec_llm.evaluation import HEADLINE, EvalReport, check_comparable
 from genrec_llm.files import atomic_file, read_json

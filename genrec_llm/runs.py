@@ -28,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.baselines.neural import FACTS as RIVAL_FACTS
 from genrec_llm.baselines.neural import NeuralRecommender
-from genrec_llm.card import is_hub_name, stage_facts
+from genrec_llm.card.facts import stage_facts
+from genrec_llm.card.origins import is_hub_name
 from genrec_llm.checkpoints import MANIFEST, any_written, last_complete_checkpoint, needs_joining
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError, counted

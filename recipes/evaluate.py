@@ -18,7 +18,8 @@ import numpy as np
 from genrec_llm.args import EvaluateArguments, parse_args
 from genrec_llm.baselines import Popularity, RecentRepeat
 from genrec_llm.baselines.neural import user_order
-from genrec_llm.card import describe_measured, refresh_cards
+from genrec_llm.card.facts import describe_measured
+from genrec_llm.card.page import refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.evaluation import (
     GeneratedLists,

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from genrec_llm.args import MergeArguments, parse_args
-from genrec_llm.card import quantized_training, refresh_cards
+from genrec_llm.card.facts import quantized_training
+from genrec_llm.card.page import refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.export import merge
 from genrec_llm.hub import check_push, push_finished

@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard
 from tiny import ITEMS, USERS, contents, recipe, train
 
 from genrec_llm import runs as runs_module
-from genrec_llm.card import base_licence, is_hub_name, model_card, refresh_cards
+from genrec_llm.card.origins import base_licence, is_hub_name
+from genrec_llm.card.page import model_card, refresh_cards
 from genrec_llm.checkpoints import MANIFEST, write_manifest
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import read_json
