@@ -1,4 +1,4 @@
-"""The verb `genrec estimate`: from a recipe's arguments, or bare numbers, to the tables of `memory`."""
+"""The verb `genrec estimate`: from a recipe's arguments, or bare numbers, to the tables of `prediction`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from genrec_llm.errors import ConfigError, counted
+from genrec_llm.hardware import GIB, HARDWARE, USABLE, Hardware
 from genrec_llm.launch import did_you_mean, shipped
-from genrec_llm.memory import (
-    GIB,
-    HARDWARE,
-    ONE_DEVICE,
-    PARTS,
-    STRATEGIES,
-    USABLE,
+from genrec_llm.memory import PARTS
+from genrec_llm.prediction import (
     Estimate,
-    Hardware,
     by_strategy,
     estimate_run,
     largest_batch,
@@ -27,6 +22,7 @@ from genrec_llm.memory import (
     read_geometry,
     recommended,
 )
+from genrec_llm.workload import ONE_DEVICE, STRATEGIES
 
 if TYPE_CHECKING:
     from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments

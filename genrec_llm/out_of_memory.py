@@ -18,8 +18,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from genrec_llm.args import GenRecTrainingArguments
 from genrec_llm.batching import heaviest_batch
 from genrec_llm.errors import ConfigError, counted
-from genrec_llm.memory import Estimate, estimate
 from genrec_llm.model import unwrapped
+from genrec_llm.prediction import Estimate, estimate
 from genrec_llm.tasks import Task
 
 ADAM_BYTES, BUCKET_BYTES = 8, 4

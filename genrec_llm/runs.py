@@ -52,7 +52,6 @@ from genrec_llm.loading import (
     restore,
     trained_directory,
 )
-from genrec_llm.memory import Estimate, estimate_run
 from genrec_llm.model import (
     GenRecBackbone,
     add_id_words,
@@ -65,6 +64,7 @@ from genrec_llm.model import (
     unwrapped,
 )
 from genrec_llm.out_of_memory import explained
+from genrec_llm.prediction import Estimate, estimate_run
 from genrec_llm.privacy import redacted
 from genrec_llm.processes import ALONE, Processes
 from genrec_llm.rows import initial_rows

@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from genrec_llm.args import DataArguments
 from genrec_llm.batching import as_tensors
 from genrec_llm.files import read_json, write_json
-from genrec_llm.memory import Shape
 from genrec_llm.runs import Data, load_data
+from genrec_llm.shape import Shape
 from genrec_llm.tasks import NextItem
 
 
@@ -72,7 +72,7 @@ def test_operations_without_padding_are_those_that_torch_counts(shape: str, data
         model(**as_tensors(task.batch(0, alike))).loss.backward()
     known = Shape.from_config(SHAPES[shape].config().to_dict(), own_head=True)
     needed = operations_an_example(known, task.lengths[alike], items=data.vocab.num_items)
-    # 2 %: LoRA of so narrow layers, which `memory.operations` counts roughly, is a large part of them.
+    # 2 %: LoRA of so narrow layers, which `workload.operations` counts roughly, is a large part of them.
     assert math.isclose(len(alike) * needed, counter.get_total_flops(), rel_tol=0.02)
 
 

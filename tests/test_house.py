@@ -37,7 +37,10 @@ FILES = {
     ".editorconfig",
     ".python-version",
 }
-LIGHT_MODULES = ("errors", "files", "tables", "data", "sources", "vocab", "metrics", "memory", "estimate")
+LIGHT_MODULES = (
+    "errors", "files", "tables", "data", "sources", "vocab", "metrics", "shape", "workload", "memory", "traffic",
+    "hardware", "prediction", "estimate",
+)  # fmt: skip
 PRINT_HEAVY_MODULES = "import sys; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
 
 

@@ -25,33 +25,33 @@ from transformers import AutoConfig, BartConfig, T5Config
 from genrec_llm import cli
 from genrec_llm.batching import GlobalBatches, as_tensors, fixed_shapes
 from genrec_llm.errors import ConfigError
+from genrec_llm.hardware import GIB, HARDWARE
 from genrec_llm.kernels import quicken
-from genrec_llm.memory import (
-    GEOMETRIES,
-    GIB,
-    HARDWARE,
-    STRATEGIES,
-    Run,
-    Shape,
-    Strategy,
-    activations,
+from genrec_llm.memory import activations
+from genrec_llm.model import GenRecBart, GenRecT5, GenRecUntiedT5, IdTokens, add_lora, load_backbone, unwrapped
+from genrec_llm.packing import Packing
+from genrec_llm.prediction import (
     by_strategy,
-    encoder_rows,
     estimate,
     estimate_run,
     largest_batch,
-    lora_parameters,
-    operations,
-    packs,
     predicted_scaling,
     read_geometry,
     recommended,
+)
+from genrec_llm.shape import GEOMETRIES, Shape
+from genrec_llm.traffic import traffic
+from genrec_llm.workload import (
+    STRATEGIES,
+    Run,
+    Strategy,
+    encoder_rows,
+    lora_parameters,
+    operations,
+    packs,
     row_parameters,
-    traffic,
     trained_parameters,
 )
-from genrec_llm.model import GenRecBart, GenRecT5, GenRecUntiedT5, IdTokens, add_lora, load_backbone, unwrapped
-from genrec_llm.packing import Packing
 
 XL = Shape.from_config(GEOMETRIES["google/flan-t5-xl"])
 BEAUTY = Run(items=12_101, user_rows=22_364, examples=1_024, mean_length=10.3, bf16=True, strategy="ddp")
@@ -375,7 +375,7 @@ def test_each_strategy_sends_what_is_counted(strategy: str, world: int, tuning: 
 
 @pytest.mark.slow
 def test_zero3_above_its_limit_gathers_again_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genrec_llm.memory.ZERO3_LIVE", 0)
+    monkeypatch.setattr("genrec_llm.traffic.ZERO3_LIVE", 0)
     assert_counted("zero3", 8, "lora", "fp32", "once")
 
 

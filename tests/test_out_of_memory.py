@@ -13,9 +13,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from genrec_llm.memory import Run, Shape, estimate
 from genrec_llm.model import GenRecBackbone
 from genrec_llm.out_of_memory import describe, is_out_of_memory
+from genrec_llm.prediction import estimate
+from genrec_llm.shape import Shape
+from genrec_llm.workload import Run
 
 FILES = ("adapter_model.safetensors", "id_tokens.safetensors")
 

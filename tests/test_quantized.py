@@ -22,11 +22,13 @@ from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArgumen
 from genrec_llm.batching import as_tensors
 from genrec_llm.errors import ConfigError
 from genrec_llm.loading import fingerprint, load_trained
-from genrec_llm.memory import Run, Shape, estimate
 from genrec_llm.model import GenRecUntiedT5, bare_tokenizer, load_backbone, quantized
+from genrec_llm.prediction import estimate
 from genrec_llm.runs import Built, Data, build_model, load_data
+from genrec_llm.shape import Shape
 from genrec_llm.tasks import NextItem
 from genrec_llm.trainer import GenRecTrainer, keep_rows_in_32_bits
+from genrec_llm.workload import Run
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -1,4 +1,4 @@
-"""Real short trainings against `genrec_llm.memory`: measured peak memory beside the predicted one, as json.
+"""Real short trainings against `genrec_llm.prediction`: measured peak memory beside the predicted one, as json.
 
     python tools/check_memory.py --out docs/results/memory_cpu.json
     python tools/check_memory.py --only t5-mid-lora --only bart-full     # some of the shapes, printed alone
@@ -34,7 +34,7 @@ T5_MID = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_heads"
 
 @dataclass(frozen=True)
 class Case:
-    """One training: what `genrec_llm.memory.Run` is told, and the numbers of a configuration of transformers."""
+    """One training: what `genrec_llm.workload.Run` is told, and the numbers of a configuration of transformers."""
 
     family: str
     geometry: dict[str, Any]
@@ -131,10 +131,10 @@ def train(case: Case) -> dict[str, int]:
     from transformers import BartConfig, T5Config, set_seed
 
     from genrec_llm.args import GenRecTrainingArguments
-    from genrec_llm.memory import Run
     from genrec_llm.model import GenRecBart, GenRecUntiedT5, IdTokens, add_lora
     from genrec_llm.tasks import MaskedItem, NextItem, PromptLayout, Sequences
     from genrec_llm.trainer import GenRecTrainer
+    from genrec_llm.workload import Run
 
     set_seed(0)
     run = Run(**case.run)
@@ -203,7 +203,9 @@ def train(case: Case) -> dict[str, int]:
 
 def predict(case: Case, *, cuda: bool) -> Any:
     """The estimate of a case."""
-    from genrec_llm.memory import Run, Shape, estimate
+    from genrec_llm.prediction import estimate
+    from genrec_llm.shape import Shape
+    from genrec_llm.workload import Run
 
     vocab = VOCAB[case.family]
     shape = Shape.from_config(

@@ -53,7 +53,6 @@ from genrec_llm.decoding import mask_seen_, top_items
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import user_batches
 from genrec_llm.files import atomic_file, write_json
-from genrec_llm.memory import Run, Shape, estimate_run, operations
 from genrec_llm.model import (
     GenRecBackbone,
     GenRecUntiedT5,
@@ -64,11 +63,14 @@ from genrec_llm.model import (
     quantized,
     ready_to_train,
 )
+from genrec_llm.prediction import estimate_run
 from genrec_llm.privacy import redacted
 from genrec_llm.rows import initial_rows
 from genrec_llm.runs import Data, load_data, provenance
+from genrec_llm.shape import Shape
 from genrec_llm.tasks import IntArray, MaskedItem, NextItem, Sequences
 from genrec_llm.trainer import GenRecTrainer
+from genrec_llm.workload import Run, operations
 
 CUDA = torch.cuda.is_available()
 CLOCK = "GPU" if CUDA else "CPU"
@@ -314,7 +316,7 @@ def long_histories(data: Data) -> Data:
 def operations_an_example(shape: Shape, lengths: IntArray, *, items: int) -> float:
     """Floating-point operations that a training step needs for one example on average: no padding, nothing computed twice.
 
-    By `memory.operations`, at each of the lengths alone. With n tokens, a prompt of p = 2, width d, heads × size = e,
+    By `workload.operations`, at each of the lengths alone. With n tokens, a prompt of p = 2, width d, heads × size = e,
     feed-forward f, h heads, r the rank of LoRA, two operations a multiplication and addition:
 
     - an encoder layer has 4de + 3df elements that each of n tokens meets, and n²e twice for scores and sums;
