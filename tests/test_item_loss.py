@@ -77,7 +77,7 @@ def test_without_targets_the_rows_get_a_gradient_of_zeros() -> None:
 @pytest.mark.parametrize("scores", [1, 5 * (ITEMS + 16), 10**6], ids=str)
 def test_frozen_rows_compete_with_the_items(most: Any, scores: int) -> None:
     hidden, rows, labels = drawn()
-    others = (torch.randn(11, WIDTH), torch.zeros(5, WIDTH))
+    others = (torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(1)), torch.zeros(5, WIDTH))
     loss, to_hidden, to_rows, _ = in_float64(hidden, rows, labels, 0.2, 1.0, tuple(o.double() for o in others))
     most(scores)
     hidden.requires_grad_(), rows.requires_grad_()
