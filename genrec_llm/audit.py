@@ -19,9 +19,9 @@ from tqdm import tqdm
 from genrec_llm.args import DataArguments
 from genrec_llm.baselines import ItemKNN, Popularity, RecentRepeat, SequenceRecommender
 from genrec_llm.data import Interactions
+from genrec_llm.encoded import Data, encode_data
 from genrec_llm.evaluation import EvalData, EvalReport, build_report, rank_recommender
 from genrec_llm.metrics import Ranks, hit_rate, ndcg
-from genrec_llm.runs import Data, encode_data
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 NEAR, RECENT = 12, 20

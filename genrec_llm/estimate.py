@@ -65,7 +65,7 @@ def counts_of(args: argparse.Namespace, data: DataArguments, training: GenRecTra
     """From the data set, split and encoded as training does it."""
     import numpy as np
 
-    from genrec_llm.runs import load_data
+    from genrec_llm.encoded import load_data
 
     loaded = load_data(data)
     lengths = loaded.train.lengths()

@@ -1,84 +1,45 @@
-"""From arguments to a run: the data and model of a stage, and the run directory that remembers them."""
+"""The run directory of a stage: what it was started with, its checkpoints, logs and artifacts; and how it is read again."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.baselines.neural import FACTS as RIVAL_FACTS
 from genrec_llm.baselines.neural import NeuralRecommender
+from genrec_llm.build import Built
 from genrec_llm.card.facts import stage_facts
 from genrec_llm.card.origins import is_hub_name
 from genrec_llm.checkpoints import MANIFEST, any_written, last_complete_checkpoint, needs_joining
-from genrec_llm.data import Interactions, leave_last_two_out
-from genrec_llm.errors import ConfigError, counted
-from genrec_llm.evaluation import EvalData
-from genrec_llm.export import export_trained, versions
+from genrec_llm.encoded import Data, describe_data, read_data
+from genrec_llm.errors import ConfigError
+from genrec_llm.export import export_trained
 from genrec_llm.files import atomic_file, read_json, sha256_file, write_json
 from genrec_llm.guards import validations_without_better
 from genrec_llm.hub import check_remote, push_finished
-from genrec_llm.loading import (
-    ADAPTER,
-    MERGED,
-    ROWS_FILE,
-    TRAINED,
-    BaseModel,
-    differences,
-    fingerprint,
-    open_directory,
-    quantization_guard,
-    read_info,
-    restore,
-    trained_directory,
-)
-from genrec_llm.model import (
-    GenRecBackbone,
-    add_id_words,
-    add_lora,
-    load_backbone,
-    pinned_revision,
-    prompt_layout,
-    quantized,
-    ready_to_train,
-    unwrapped,
-)
+from genrec_llm.loading import ADAPTER, MERGED, ROWS_FILE, TRAINED, read_info, trained_directory
+from genrec_llm.model import unwrapped
 from genrec_llm.out_of_memory import explained
 from genrec_llm.prediction import Estimate, estimate_run
-from genrec_llm.privacy import redacted
 from genrec_llm.processes import ALONE, Processes
-from genrec_llm.rows import initial_rows
-from genrec_llm.sources import SOURCES, load_interactions
-from genrec_llm.tasks import PromptLayout, Sequences
+from genrec_llm.provenance import provenance
 from genrec_llm.trainer import GenRecTrainer
-from genrec_llm.vectors import read_item_vectors
-from genrec_llm.vocab import ITEMS_FILE, USERS_FILE, IdVocab
+from genrec_llm.vocab import ITEMS_FILE, USERS_FILE
 from genrec_llm.world import agree, from_first
 
-logger = logging.getLogger(__name__)
 RUN_FILE, LOG_FILE = "run.json", "log_history.json"
-SEQUENCES_FILE = "sequences.arrow"
-HELD_OUT = ("validation", "test")
 MODEL_SHAPE = (
     "backbone",
     "backbone_init",
@@ -101,275 +62,6 @@ COURSE = {
     ),
 }  # fmt: skip
 """Arguments that change what training does: a run that goes on from a checkpoint keeps them."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set with its ids encoded."""
-
-    name: str
-    fingerprint: str
-    vocab: IdVocab
-    train: Sequences
-    splits: dict[str, Sequences]
-    targets: dict[str, np.ndarray]
-    max_history: int
-
-    @property
-    def vocabulary(self) -> str:
-        """Fingerprint of the ids."""
-        return self.vocab.fingerprint
-
-    def held_out(self, split: str, *, sample: int = 0) -> EvalData:
-        """Users, histories and targets of "validation" or "test"; a fixed random sample of users if asked for."""
-        sequences, targets = self.splits[split], self.targets[split]
-        chosen = np.arange(len(sequences))
-        if 0 < sample < len(chosen):
-            chosen = np.sort(np.random.default_rng(0).permutation(len(chosen))[:sample])
-        histories = [sequences[int(user)] for user in chosen]
-        return EvalData(
-            users=sequences.users[chosen],
-            histories=histories,
-            seen=histories,
-            targets=targets[chosen],
-            num_items=self.vocab.num_items,
-            item_counts=np.bincount(self.train.items, minlength=self.vocab.num_items),
-            split=split,
-            dataset=self.name,
-            fingerprint=self.fingerprint,
-            max_history=self.max_history,
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write it into a folder, for `open`. Raw user ids are among it: the folder has to stay home."""
-        columns = {"user": pa.array(self.train.users)}
-        for name, part in {"train": self.train, **self.splits}.items():
-            columns[name] = pa.LargeListArray.from_arrays(part.offsets, part.items)
-        columns |= {f"{name} target": pa.array(targets) for name, targets in self.targets.items()}
-        facts = {"name": self.name, "fingerprint": self.fingerprint, "max_history": self.max_history}
-        # Neither compressed nor in several batches: what is read is what is mapped.
-        batch = pa.record_batch(columns).replace_schema_metadata({b"genrec": json.dumps(facts).encode()})
-        with pa.ipc.new_file(str(folder / SEQUENCES_FILE), batch.schema) as file:
-            file.write_batch(batch)
-        self.vocab.save_items(folder / ITEMS_FILE)
-        self.vocab.save_users(folder / USERS_FILE)
-
-    @classmethod
-    def open(cls, folder: Path) -> Data:
-        """Map what `save` wrote: arrays are read-only views of the file's pages, which all processes share.
-
-        The folder may go; the pages stay until the last process that maps them ends (on a POSIX system).
-        """
-        batch = pa.ipc.open_file(pa.memory_map(str(folder / SEQUENCES_FILE))).get_batch(0)
-        users = batch["user"].to_numpy()
-
-        def sequences(name: str) -> Sequences:
-            lists = batch[name]
-            return Sequences(lists.values.to_numpy(), lists.offsets.to_numpy(), users)
-
-        return cls(
-            **json.loads(batch.schema.metadata[b"genrec"]),
-            vocab=IdVocab.load(folder),
-            train=sequences("train"),
-            splits={name: sequences(name) for name in HELD_OUT},
-            targets={name: batch[f"{name} target"].to_numpy() for name in HELD_OUT},
-        )
-
-
-def load_data(args: DataArguments, processes: Processes = ALONE) -> Data:
-    """Read, split and encode the interactions that the arguments name; the same arguments give the same ids.
-
-    Args:
-        processes: all of which call this. One a node reads; the others map what it has found.
-    """
-    return processes.once_a_node(lambda: _read_data(args), Data.save, Data.open)
-
-
-def _read_data(args: DataArguments) -> Data:
-    interactions = load_interactions(
-        args.dataset,
-        data_dir=args.data_dir,
-        user_column=args.user_column,
-        item_column=args.item_column,
-        time_column=args.time_column,
-        items_path=args.items_file,
-        k_core=args.k_core,
-        drop_duplicates=args.drop_duplicates,
-        shuffle_ties=args.shuffle_ties,
-    )
-    return encode_data(interactions, args)
-
-
-def encode_data(interactions: Interactions, args: DataArguments) -> Data:
-    """Split interactions and encode their ids, as the arguments say.
-
-    Raises:
-        DataError: users have fewer than 3 interactions.
-    """
-    splits = leave_last_two_out(interactions)
-    vocab = IdVocab.build(
-        interactions.catalogue,
-        splits["train"]["user"],
-        seed=args.id_seed,
-        user_mode=args.users,  # type: ignore[arg-type]  # its __post_init__ has checked it
-        user_buckets=args.user_buckets,
-    )
-    return Data(
-        name=interactions.name,
-        fingerprint=interactions.fingerprint(),
-        vocab=vocab,
-        train=Sequences.encode(splits["train"], vocab, "items"),
-        splits={name: Sequences.encode(splits[name], vocab, "history") for name in HELD_OUT},
-        targets={name: vocab.encode_items(splits[name]["target"]) for name in HELD_OUT},
-        max_history=args.max_history,
-    )
-
-
-@dataclass(frozen=True)
-class Built:
-    """A model ready to train."""
-
-    model: PeftModel | GenRecBackbone
-    tokenizer: PreTrainedTokenizerBase
-    layout: PromptLayout
-    base: BaseModel
-    row_init: str
-
-
-def _quantized_backbone(
-    args: ModelArguments, training: GenRecTrainingArguments, revision: str | None, dtype: torch.dtype
-) -> tuple[GenRecBackbone, PreTrainedTokenizerBase, str]:
-    """A backbone quantised on this process's device, its tokenizer, and the fingerprint of the weights that it came from.
-
-    The fingerprint is what an adapter asks of its base, which others load unquantised. For the time that it takes, the
-    weights are in memory in bf16.
-
-    Raises:
-        ConfigError: the launch shares weights out, bitsandbytes is absent or cannot do it on this device.
-    """
-    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        raise ConfigError(
-            f"quantization: {args.quantization} weights are whole in each process, where ZeRO-3 and FSDP share weights "
-            "out: launch with ddp or zero2, or leave quantization out"
-        )
-    kind: Any = args.quantization
-    quantizing = quantized(kind, dtype=dtype, device=training.device)
-    whole, tokenizer = load_backbone(args.backbone, revision=revision, dtype=torch.bfloat16)
-    base_fingerprint = fingerprint(whole)
-    del whole
-    with quantization_guard(kind, training.device):
-        model, _ = load_backbone(args.backbone, revision=revision, dtype=dtype, dropout=args.dropout, **quantizing)
-    ready_to_train(model)
-    return model, tokenizer, base_fingerprint
-
-
-def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: Data) -> Built:
-    """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned."""
-    revision = pinned_revision(args.backbone, args.backbone_revision)
-    dtype = torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32
-    base_fingerprint: str | None
-    if args.quantization:
-        model, tokenizer, base_fingerprint = _quantized_backbone(args, training, revision, dtype)
-    else:
-        model, tokenizer = load_backbone(
-            args.backbone, init=args.backbone_init, revision=revision, dtype=dtype, dropout=args.dropout
-        )
-        base_fingerprint = fingerprint(model) if args.tuning == "lora" else None
-    base = BaseModel(name=args.backbone, revision=revision, type=model.config.model_type, fingerprint=base_fingerprint)
-    layout = prompt_layout(
-        tokenizer,
-        data.vocab,
-        max_history=data.max_history,
-        decoder_prompt=args.decoder_prompt,  # type: ignore[arg-type]
-    )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and positions < data.max_history + 3:
-        raise ConfigError(
-            f"max_history: {data.max_history} items and three more tokens do not fit the {positions} positions of "
-            f"{args.backbone}: at most {positions - 3}"
-        )
-    rows, method = initial_rows(
-        model,
-        tokenizer,
-        data.vocab,
-        layout,
-        data.train,
-        method=args.row_init,  # type: ignore[arg-type]
-        vectors=read_item_vectors(args.item_vectors, data.vocab) if args.item_vectors else None,
-        pretrained=args.backbone_init == "pretrained",
-        tie=args.tie_item_rows,
-        seed=training.seed,
-    )
-    model.add_id_tokens(rows.to(model.device), layout.base)  # quantised layers are on their device already
-    add_id_words(tokenizer, data.vocab)
-    if args.tuning == "full":
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            model.get_output_embeddings().requires_grad_(False)  # a head that no score passes through
-        return Built(model, tokenizer, layout, base, method)
-    adapted = add_lora(
-        model,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        targets=args.lora_target_modules,
-        base_name=args.backbone,
-        revision=revision,
-    )
-    return Built(adapted, tokenizer, layout, base, method)
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that runs, with "+changes" where it has any.
-
-    Outside git, or installed in another's, what the environment variable GENREC_COMMIT says, or None.
-    """
-    folder, here = Path(__file__).parent, Path(__file__).name
-    try:
-        subprocess.run(["git", "ls-files", "--error-unmatch", here], cwd=folder, capture_output=True, check=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GENREC_COMMIT")
-    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
-
-
-def hardware() -> str:
-    """The machine in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')}, {platform.machine()}"
-
-
-def provenance() -> dict[str, Any]:
-    """What made a number: command, commit, versions, hardware, time (UTC)."""
-    return {
-        "command": redacted(sys.argv),
-        "commit": git_commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def describe_data(data: Data, args: DataArguments) -> dict[str, Any]:
-    """Facts about a data set that go with every model of it: its size and protocol; no path, no user id."""
-    held_out = sum(len(targets) for targets in data.targets.values())
-    return {
-        "name": data.name,
-        "fingerprint": data.fingerprint,
-        "vocabulary": data.vocabulary,
-        "public": args.dataset in SOURCES,
-        "users": len(data.train),
-        "items": data.vocab.num_items,
-        "items_without_training_interactions": int(data.vocab.num_items - len(np.unique(data.train.items))),
-        "interactions": len(data.train.items) + held_out,
-        "k_core": args.k_core,
-        "split": "leave-last-two-out",
-        "max_history": data.max_history,
-        "text_columns": [name for name in data.vocab.items if name not in ("index", "item")],
-    }
 
 
 class TrainingClock(TrainerCallback, ExportableState):
@@ -639,49 +331,6 @@ class RunDirectory:
         return list(info.get("training", []))
 
 
-def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None:
-    """Go on with the adapters and rows of an earlier run, with a fresh optimizer; says what is inherited.
-
-    Raises:
-        ConfigError: that run used another backbone, data, ids, prompt or adapters, or is not finished; all at once.
-    """
-    folder = trained_directory(Path(training.from_run or ""))
-    info, *_ = open_directory(folder, ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
-    problems = []
-    for key in ("fingerprint", "vocabulary"):
-        if info["data"][key] != getattr(data, key):
-            problems.append(
-                f"{folder}: was trained on {info['data']['name']} with another {key}; now the data is {data.name}"
-            )
-    theirs, ours = info["prompt"], built.layout.to_dict()
-    problems += [
-        f"{folder}: its prompt has {key} {theirs[key]}, this run's {ours[key]}"
-        for key in ours
-        if theirs[key] != ours[key]
-    ]
-    problems = [f"{problem}: give the same data and prompt settings as in pretraining" for problem in problems]
-    base = info["base_model"]
-    if base["type"] != built.base.type or base.get("fingerprint") not in (None, built.base.fingerprint):
-        problems.append(
-            f"{folder}: was trained on backbone {base['name']!r}, whose weights are not those of {built.base.name!r}: "
-            "give the same --backbone"
-        )
-    problems += differences(built.model, folder)
-    if problems:
-        raise ConfigError(problems)
-    restore(built.model, folder)
-    if training.process_index == 0:
-        # On another quantization too: adapters fit one base within its rounding, and training takes that up.
-        quantization = info["training"][-1]["settings"].get("quantization") if info.get("training") else None
-        weights = f"trained on {quantization} weights, " if quantization else ""
-        print(
-            f"finetune: weights and rows from {folder} ({info['stage']}, seed {info['seed']}, {weights}validation NDCG@10 "
-            f"{info['metrics']['validation_ndcg@10']}); fresh optimizer, learning rate {training.learning_rate:g} "
-            f"(rows {training.rows_rate:g})",
-            flush=True,
-        )
-
-
 def load_run_data(run: Path, *, data_dir: str | None = None, processes: Processes = ALONE) -> Data:
     """The data set of a run, read again from where it was.
 
@@ -700,7 +349,7 @@ def _read_run_data(run: Path, data_dir: str | None) -> Data:
         raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning")
     facts = read_json(run / RUN_FILE)
     arguments = facts["arguments"]["data"] | ({"data_dir": data_dir} if data_dir else {})
-    data = _read_data(DataArguments(**arguments))
+    data = read_data(DataArguments(**arguments))
     problems = [
         f"{run}: its data had {key} {facts['data'][key][:12]}, {arguments['dataset']} now has {getattr(data, key)[:12]}"
         for key in ("fingerprint", "vocabulary")

@@ -32,8 +32,9 @@ from genrec_llm.evaluation import (
 from genrec_llm.loading import MERGED
 from genrec_llm.plots import can_draw, draw_run
 from genrec_llm.processes import launched
+from genrec_llm.provenance import provenance
 from genrec_llm.recommender import Recommender, WithoutUsers
-from genrec_llm.runs import check_merged, load_run_data, open_rivals, provenance
+from genrec_llm.runs import check_merged, load_run_data, open_rivals
 
 
 @exits_cleanly

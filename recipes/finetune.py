@@ -9,9 +9,11 @@ Without --from-run it starts from the backbone (the ablation without pretraining
 from transformers import set_seed
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments, parse_args
+from genrec_llm.build import build_model, inherit
+from genrec_llm.encoded import load_data
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.processes import joined
-from genrec_llm.runs import RunDirectory, build_model, inherit, load_data
+from genrec_llm.runs import RunDirectory
 from genrec_llm.tasks import NextItem
 from genrec_llm.trainer import GenRecTrainer
 

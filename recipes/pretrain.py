@@ -9,9 +9,11 @@ Any file of accelerate_configs/ serves; flags override the YAML. Killed? The sam
 from transformers import set_seed
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments, parse_args
+from genrec_llm.build import build_model
+from genrec_llm.encoded import load_data
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.processes import joined
-from genrec_llm.runs import RunDirectory, build_model, load_data
+from genrec_llm.runs import RunDirectory
 from genrec_llm.tasks import MaskedItem
 from genrec_llm.trainer import GenRecTrainer
 

@@ -14,8 +14,8 @@ from genrec_llm import cli
 from genrec_llm.args import DataArguments
 from genrec_llm.audit import OURS, IdOrder, audit, numberings
 from genrec_llm.data import Interactions
+from genrec_llm.encoded import encode_data
 from genrec_llm.errors import DataError
-from genrec_llm.runs import encode_data
 from genrec_llm.sources import load_interactions
 
 

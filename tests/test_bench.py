@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from transformers import T5ForConditionalGeneration
 
 from genrec_llm.args import DataArguments
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import read_json
-from genrec_llm.runs import Data, load_data
 
 MADE = {"command": "x", "commit": "c", "hardware": "h", "versions": {}, "time": "t"}
 

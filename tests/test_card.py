@@ -18,7 +18,7 @@ import tiny
 from huggingface_hub import ModelCard
 from tiny import ITEMS, USERS, contents, recipe, train
 
-from genrec_llm import runs as runs_module
+from genrec_llm import provenance as provenance_module
 from genrec_llm.card.origins import base_licence, is_hub_name
 from genrec_llm.card.page import model_card, refresh_cards
 from genrec_llm.checkpoints import MANIFEST, write_manifest
@@ -260,7 +260,7 @@ def test_the_commit_is_never_that_of_a_checkout_that_it_was_only_installed_in(
         done = subprocess.run(["git", *named, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    installed = tmp_path / "site-packages" / "genrec_llm" / "runs.py"
+    installed = tmp_path / "site-packages" / "genrec_llm" / "provenance.py"
     installed.parent.mkdir(parents=True)
     installed.write_text("")
     (tmp_path / "shop.py").write_text("")
@@ -268,15 +268,15 @@ def test_the_commit_is_never_that_of_a_checkout_that_it_was_only_installed_in(
     git("add", "shop.py")
     git("commit", "-m", "the shop's own")
     monkeypatch.delenv("GENREC_COMMIT", raising=False)
-    monkeypatch.setattr(runs_module, "__file__", str(installed))
-    assert runs_module.git_commit() is None
+    monkeypatch.setattr(provenance_module, "__file__", str(installed))
+    assert provenance_module.git_commit() is None
     monkeypatch.setenv("GENREC_COMMIT", "said")
-    assert runs_module.git_commit() == "said"
+    assert provenance_module.git_commit() == "said"
     git("add", ".")
     git("commit", "-m", "and this project")
-    assert runs_module.git_commit() == git("rev-parse", "HEAD")
+    assert provenance_module.git_commit() == git("rev-parse", "HEAD")
     installed.write_text("changed")
-    assert runs_module.git_commit() == git("rev-parse", "HEAD") + "+changes"
+    assert provenance_module.git_commit() == git("rev-parse", "HEAD") + "+changes"
 
 
 def test_hours_count_all_sessions_of_a_run(home: Path) -> None:

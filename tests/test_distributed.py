@@ -302,7 +302,8 @@ from torch.distributed.tensor import DTensor
 from transformers import set_seed
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import as_tensors
-from genrec_llm.runs import build_model, load_data
+from genrec_llm.build import build_model
+from genrec_llm.encoded import load_data
 from genrec_llm.tasks import NextItem
 from genrec_llm.world import leave
 

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genrec_llm.args import DataArguments
 from genrec_llm.batching import as_tensors
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.files import read_json, write_json
-from genrec_llm.runs import Data, load_data
 from genrec_llm.shape import Shape
 from genrec_llm.tasks import NextItem
 

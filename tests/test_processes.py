@@ -332,23 +332,23 @@ DATA = """
 import os, sys
 import numpy as np
 from pandas.testing import assert_frame_equal
-from genrec_llm import runs
+from genrec_llm import encoded
 from genrec_llm.args import DataArguments
 from genrec_llm.errors import GenRecError
 from genrec_llm.processes import launched
 
 processes, (log, items, broken) = launched(use_cpu=True), sys.argv[1:]
-read, load = [], runs.load_interactions
+read, load = [], encoded.load_interactions
 
 def counted(name, **options):
     read.append(name)
     return load(name, **options)
 
-runs.load_interactions = counted
+encoded.load_interactions = counted
 args = DataArguments(dataset=log, items_file=items, max_history=7)
-shared = runs.load_data(args, processes)
+shared = encoded.load_data(args, processes)
 assert read == ([log] if processes.first else []), read
-alone = runs.load_data(args)
+alone = encoded.load_data(args)
 names = ("name", "fingerprint", "vocabulary", "max_history")
 assert [getattr(shared, name) for name in names] == [getattr(alone, name) for name in names]
 assert_frame_equal(shared.vocab.items, alone.vocab.items)
@@ -363,7 +363,7 @@ mapped = sum("sequences.arrow (deleted)" in line for line in open("/proc/self/ma
 print(f"process {processes.index}: {len(shared.train)} users, {mapped} mapping", flush=True)
 processes.gather(None)
 try:
-    runs.load_data(DataArguments(dataset=broken, items_file=items), processes)
+    encoded.load_data(DataArguments(dataset=broken, items_file=items), processes)
 except GenRecError as error:
     print(error, flush=True)
 """

@@ -20,11 +20,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import as_tensors
+from genrec_llm.build import Built, build_model
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError
 from genrec_llm.loading import fingerprint, load_trained
 from genrec_llm.model import GenRecUntiedT5, bare_tokenizer, load_backbone, quantized
 from genrec_llm.prediction import estimate
-from genrec_llm.runs import Built, Data, build_model, load_data
 from genrec_llm.shape import Shape
 from genrec_llm.tasks import NextItem
 from genrec_llm.trainer import GenRecTrainer, keep_rows_in_32_bits
@@ -341,7 +342,7 @@ def test_launches_that_share_weights_out_are_refused(
     build: Callable[..., Any], sharing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if sharing == "zero3":
-        monkeypatch.setattr("genrec_llm.runs.is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr("genrec_llm.build.is_deepspeed_zero3_enabled", lambda: True)
     else:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=r"quantization: 4bit .* launch with ddp or zero2, or leave quantization out"):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from genrec_llm.args import DataArguments
+from genrec_llm.encoded import load_data
 from genrec_llm.evaluation import EvalReport
 from genrec_llm.files import read_json
 from genrec_llm.rows import cooccurrence_and_vectors
-from genrec_llm.runs import load_data
 from genrec_llm.vectors import read_item_vectors, write_item_vectors
 
 SMALL = ("--set", "epochs=2", "dim=8", "validate_every=1", "batch_size=32")

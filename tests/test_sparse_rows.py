@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import as_tensors, train_loader
+from genrec_llm.build import build_model
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError
 from genrec_llm.model import id_tokens_of, prompt_layout, unwrapped
-from genrec_llm.runs import Data, build_model, load_data
 from genrec_llm.sparse_rows import LazyAdamW, exchange, with_dense_gradients
 from genrec_llm.tasks import MaskedItem, NextItem, Task
 from genrec_llm.trainer import GenRecTrainer

@@ -23,13 +23,15 @@ from transformers import TrainerCallback
 from genrec_llm import decoding
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import GlobalBatches, as_tensors
+from genrec_llm.build import build_model
 from genrec_llm.checkpoints import MANIFEST, is_complete, last_complete_checkpoint, write_manifest
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, ExportError
 from genrec_llm.evaluation import EvalData, rank_recommender
 from genrec_llm.loading import Loaded
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.recommender import Recommender
-from genrec_llm.runs import Data, build_model, load_data, load_run_data
+from genrec_llm.runs import load_run_data
 from genrec_llm.tasks import IGNORED, MaskedItem, NextItem, Task
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.world import describe_launch

@@ -38,7 +38,7 @@ class Row:
         value: the best of `values`, in `unit`; less is better.
         values: one for each measured block.
         shape: geometry, data and batch.
-        command, commit, hardware, versions, time: see `genrec_llm.runs.provenance`.
+        command, commit, hardware, versions, time: see `genrec_llm.provenance.provenance`.
     """
 
     bench: str
@@ -65,7 +65,7 @@ def compare(bench: str, shape: str, measured: Measured, rivals: Sequence[str], m
 
     Args:
         rivals: those of the arms that the others are compared with.
-        made: from `genrec_llm.runs.provenance`.
+        made: from `genrec_llm.provenance.provenance`.
 
     Raises:
         ValueError: an arm lacks a unit or a value, so that nothing may be compared.

@@ -101,7 +101,8 @@ def measure(arm: str, folder: Path, out: Path, args: argparse.Namespace) -> dict
 
     from genrec_llm import item_loss
     from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-    from genrec_llm.runs import build_model, load_data
+    from genrec_llm.build import build_model
+    from genrec_llm.encoded import load_data
     from genrec_llm.tasks import NextItem
     from genrec_llm.trainer import GenRecTrainer
 
@@ -178,7 +179,7 @@ def main() -> None:
         print(json.dumps(measure(args.child, args.folder, args.run, args)))
         return
 
-    from genrec_llm.runs import provenance
+    from genrec_llm.provenance import provenance
 
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:

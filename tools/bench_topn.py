@@ -31,14 +31,15 @@ from transformers.utils import logging
 from genrec_llm.args import DataArguments
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import EvalData, rank_recommender, user_batches
 from genrec_llm.export import generation_config
 from genrec_llm.loading import MERGED, Loaded
 from genrec_llm.out_of_memory import is_out_of_memory
 from genrec_llm.processes import Processes
+from genrec_llm.provenance import provenance
 from genrec_llm.recommender import Recommender
-from genrec_llm.runs import Data, load_data, provenance
 from genrec_llm.tasks import IntArray
 
 N = 20

@@ -55,6 +55,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, parse_args
 from genrec_llm.batching import as_tensors
+from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.item_loss import item_loss
 from genrec_llm.model import (
@@ -67,8 +68,8 @@ from genrec_llm.model import (
     id_tokens_of,
     unwrapped,
 )
+from genrec_llm.provenance import provenance
 from genrec_llm.rows import initial_rows
-from genrec_llm.runs import Data, load_data, provenance
 from genrec_llm.tasks import NextItem, PromptLayout
 from genrec_llm.trainer import GenRecTrainer
 

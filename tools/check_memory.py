@@ -248,7 +248,7 @@ def main() -> None:
     import torch
 
     from genrec_llm.files import write_json
-    from genrec_llm.runs import provenance
+    from genrec_llm.provenance import provenance
 
     mib, results = 2**20, []
     print(f"{'shape':26}{'predicted':>10}{'measured':>10}{'ratio':>7}{'resident':>10}   MiB")

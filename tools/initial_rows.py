@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from genrec_llm.args import DataArguments
 from genrec_llm.baselines import ItemKNN, SequenceRecommender
+from genrec_llm.encoded import load_data
 from genrec_llm.evaluation import build_report, markdown, rank_recommender
 from genrec_llm.rows import cooccurrence_and_vectors, cooccurrence_rows, vector_rows
-from genrec_llm.runs import load_data
 from genrec_llm.vectors import read_item_vectors
 
 

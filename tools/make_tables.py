@@ -389,7 +389,7 @@ def write(page: Path, quality: Path, *, check: bool) -> None:
 
 def _made(report: Path, command: str | None) -> dict[str, Any]:
     """Command, commit and hardware of a saved report, from the evaluation that it is part of."""
-    from genrec_llm.runs import git_commit, hardware
+    from genrec_llm.provenance import git_commit, hardware
 
     summary = report.parent / "report.json"
     noted = read_json(summary) if summary.is_file() else {}

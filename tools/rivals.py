@@ -30,12 +30,13 @@ import yaml
 
 from genrec_llm.args import DataArguments, parse_args
 from genrec_llm.baselines.neural import FACTS, NeuralRecommender, RivalSettings, finish, identity, train, user_order
+from genrec_llm.encoded import load_data
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import build_report, rank_recommender
 from genrec_llm.files import read_json, sha256_file
 from genrec_llm.metrics import ndcg
+from genrec_llm.provenance import provenance
 from genrec_llm.rows import cooccurrence_and_vectors, cooccurrence_rows
-from genrec_llm.runs import load_data, provenance
 from genrec_llm.vectors import read_item_vectors
 
 TUNED = Path(__file__).with_suffix(".yaml")
