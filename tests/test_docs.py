@@ -289,6 +289,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     tiny.save_log(folder / "quick.csv")
     with FakeHub() as hub:
         hub.add_model("google/flan-t5-small", tiny.save_backbone("t5-untied", home / "flan"))
+        hub.add_model("sentence-transformers/all-MiniLM-L6-v2", tiny.save_encoder(["tea", "cream"], home / "encoder"))
         environment = {**tiny.environment(), **fake_hub.environment(hub, home / "hf")}
         yield Place(folder, environment | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""})
 
@@ -327,7 +328,8 @@ def test_the_quick_start_for_app_developers(shop: Place) -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_start_for_researchers(place: Place) -> None:
+def test_the_quick_start_for_researchers(place: Place, shared_data: Path) -> None:
+    (place.folder.parent / "shared").symlink_to(shared_data.parent)
     printed = place.follow(DOCS / "researcher.md")
     assert "popular among the last items" in printed
     assert (place.folder / "runs/beauty_page/README.md").is_file()

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel
 
 from genrec_llm import cli
 from genrec_llm.errors import ConfigError, DataError
@@ -31,19 +30,7 @@ def vocab() -> IdVocab:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentence encoder with five words."""
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=6
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, max_position_embeddings=8)  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return tiny.save_encoder(WORDS, tmp_path_factory.mktemp("encoder"))
 
 
 def test_vectors_stand_at_the_rows_of_their_items(

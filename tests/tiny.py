@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from genrec_llm.evaluation import EvalData
 from genrec_llm.model import GenRecUntiedT5, bare_tokenizer
@@ -58,6 +67,21 @@ def save_backbone(kind: str, folder: Path, *, seed: int = 0) -> Path:
                 published.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
             )
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_encoder(words: Sequence[str], folder: Path) -> Path:
+    """A sentence encoder that knows a few words."""
+    known = ["[PAD]", "[UNK]", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=6
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(known), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16, max_position_embeddings=8)  # fmt: skip
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
