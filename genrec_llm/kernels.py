@@ -6,12 +6,14 @@ backward pass: each kernel keeps its inputs and computes the rest again where th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -98,19 +100,43 @@ def _gated_gelu(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 class _GatedGelu(torch.autograd.Function):
-    """gelu(gate) × value, which keeps the two alone; transformers' form in Python keeps seven tensors of their size."""
+    """gelu(gate) × value, which keeps the two alone; transformers' form in Python keeps seven tensors of their size.
+
+    In fp32 on a CPU, GELU's tanh form is written as what it equals, x · sigmoid(2√(2/π) (x + 0.044715 x³)): a few passes
+    over memory, which take about half the time of torch 2.13's own kernels there.
+    """
+
+    SLOPE, CUBIC = 2 * (2 / math.pi) ** 0.5, 2 * (2 / math.pi) ** 0.5 * 0.044715
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return F.gelu(gate, approximate="tanh").mul_(value)
+        if not _passes_are_faster(gate):
+            return F.gelu(gate, approximate="tanh").mul_(value)
+        return _GatedGelu._sigmoid(gate).mul_(gate).mul_(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
-        of_gate = torch.ops.aten.gelu_backward(gradient * value, gate, approximate="tanh")
-        return of_gate, F.gelu(gate, approximate="tanh").mul_(gradient)
+        if not _passes_are_faster(gate):
+            of_gate = torch.ops.aten.gelu_backward(gradient * value, gate, approximate="tanh")
+            return of_gate, F.gelu(gate, approximate="tanh").mul_(gradient)
+        sigmoid = _GatedGelu._sigmoid(gate)
+        of_value = (gate * sigmoid).mul_(gradient)
+        slope = torch.addcmul(gate.new_tensor(_GatedGelu.SLOPE), gate, gate, value=3 * _GatedGelu.CUBIC).mul_(gate)
+        of_gate = slope.addcmul_(slope, sigmoid, value=-1).add_(1).mul_(sigmoid)
+        return of_gate.mul_(gradient).mul_(value), of_value
+
+    @staticmethod
+    def _sigmoid(gate: Tensor) -> Tensor:
+        """What GELU multiplies its argument with."""
+        inner = torch.addcmul(gate.new_tensor(_GatedGelu.SLOPE), gate, gate, value=_GatedGelu.CUBIC)
+        return inner.mul_(gate).sigmoid_()
+
+
+def _passes_are_faster(gate: Tensor) -> bool:
+    return gate.device.type == "cpu" and gate.dtype == torch.float32
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -130,11 +156,15 @@ def _dropped(x: Tensor, p: float) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
-    """On a CPU torch draws a number a value and keeps the mask in the values' type: here 64 random bits serve for four."""
+    """On a CPU torch draws a number a value and keeps the mask in the values' type: here 64 random bits serve for four.
+
+    They come from numpy's SFC64, which takes half the time of torch's generator and is seeded by a draw of it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        seed = torch.empty(1, dtype=torch.int64).random_().numpy()[0]
+        bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16))
         bits = bits[: x.numel()].view(x.shape)
         ctx.save_for_backward(bits)
         ctx.dropped = round(p * STEPS)
@@ -149,7 +179,7 @@ class _Dropout(torch.autograd.Function):
 def _kept(x: Tensor, bits: Tensor, dropped: int) -> Tensor:
     """What random bits leave of `x`, scaled. A product with bools would convert them one by one, at five times the cost."""
     kept = torch.ge(bits, dropped - STEPS // 2, out=torch.empty_like(bits, dtype=x.dtype))
-    return kept.mul_(x).mul_(1 / (1 - dropped / STEPS))
+    return torch.addcmul(x.new_zeros(()), x, kept, value=1 / (1 - dropped / STEPS), out=kept)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

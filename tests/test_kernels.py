@@ -86,6 +86,21 @@ def test_the_gated_gelu_is_that_of_transformers(layer: nn.Module) -> None:
     assert_same(results(stock, inputs, stock.parameters()), results(quick, inputs, quick.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gelu_holds_for_small_and_huge_gates(dtype: torch.dtype) -> None:
+    gates = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e-8, -1e-8, 300.0, -300.0, 1e6, -1e6])])
+    gate = gates.to(dtype).requires_grad_()
+    value = torch.full_like(gate, 3.0).requires_grad_()
+    found = kernels._GatedGelu.apply(gate, value)
+    of_gate, of_value = torch.autograd.grad(found.sum(), (gate, value))
+    exact = gate.detach().double().requires_grad_()
+    gelu = torch.nn.functional.gelu(exact, approximate="tanh")
+    (slope,) = torch.autograd.grad(gelu.sum(), exact)
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-7}
+    for one, other in ((found, 3 * gelu), (of_gate, 3 * slope), (of_value, gelu)):
+        torch.testing.assert_close(one.double(), other, **near)
+
+
 def test_another_gate_stays_that_of_transformers() -> None:
     layer = T5DenseGatedActDense(T5Config(**SIZES, feed_forward_proj="gated-silu"))
     quicken(layer)
