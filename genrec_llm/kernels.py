@@ -103,7 +103,7 @@ class _GatedGelu(torch.autograd.Function):
     """gelu(gate) × value, which keeps the two alone; transformers' form in Python keeps seven tensors of their size.
 
     In fp32 on a CPU, GELU's tanh form is written as what it equals, x · sigmoid(2√(2/π) (x + 0.044715 x³)): a few passes
-    over memory, which take about half the time of torch 2.13's own kernels there.
+    over memory, which are faster than torch 2.13's own kernels there.
     """
 
     SLOPE, CUBIC = 2 * (2 / math.pi) ** 0.5, 2 * (2 / math.pi) ** 0.5 * 0.044715
@@ -158,7 +158,7 @@ def _dropped(x: Tensor, p: float) -> Tensor:
 class _Dropout(torch.autograd.Function):
     """On a CPU torch draws a number a value and keeps the mask in the values' type: here 64 random bits serve for four.
 
-    They come from numpy's SFC64, which takes half the time of torch's generator and is seeded by a draw of it.
+    They come from numpy's SFC64, which is faster than torch's generator and is seeded by a draw of it.
     """
 
     @staticmethod

@@ -176,14 +176,14 @@ class RunDirectory:
         self._agree(trainer)
         trainable = sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad)
         self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
-        if self.model_args.item_vectors:
-            self.facts["item_vectors_sha256"] = sha256_file(self.model_args.item_vectors)
         if isinstance(built.model, PeftModel):
             self.facts["lora_targets"] = sorted(built.model.peft_config["default"].target_modules)
         resumed = from_first(lambda: last_complete_checkpoint(self.path))
         going_on = self._going_on(Path(resumed), launch) if resumed else ""
         before = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
         if trainer.is_world_process_zero():
+            if self.model_args.item_vectors:
+                self.facts["item_vectors_sha256"] = sha256_file(self.model_args.item_vectors)
             print(f"{self.stage}: " + ", ".join(f"{name} {value}" for name, value in launch.items()), flush=True)
             print(
                 f"{self.data.name}: {len(self.data.train)} users, {self.data.vocab.num_items} items, "

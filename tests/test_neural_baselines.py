@@ -205,3 +205,5 @@ def test_settings_that_make_no_sense_are_refused_all_at_once() -> None:
     assert len(caught.value.problems) == 3
     with pytest.raises(ConfigError, match=r"epochs: 2\.7 is not a whole number"):
         RivalSettings("sasrec", epochs=2.7)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="patience: inf is not a whole number"):
+        RivalSettings("sasrec", patience=float("inf"))  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ class RivalSettings:
         problems += [
             f"{name}: {value} is not a whole number of at least 1"
             for name in counts
-            if (value := getattr(self, name)) < 1 or value != int(value)
+            if not isinstance(value := getattr(self, name), int) or value < 1
         ]
         problems += [f"{name}: {getattr(self, name)} is not between 0 and 1"
                      for name in ("dropout", "mask_probability") if not 0 <= getattr(self, name) < 1]  # fmt: skip
