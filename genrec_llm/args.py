@@ -90,6 +90,12 @@ class DataArguments:
             "help": "Seed of a random order of a user's interactions with equal times, in place of the file's order."
         },
     )
+    without_last: int = field(
+        default=0,
+        metadata={
+            "help": "Leave out as many of each user's last interactions, to choose a recipe with the test split closed."
+        },
+    )
     max_history: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
     id_seed: int = field(
         default=0,

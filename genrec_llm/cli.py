@@ -42,6 +42,7 @@ _DATA_DEFAULTS = {
     "k_core": 0,
     "drop_duplicates": False,
     "shuffle_ties": None,
+    "without_last": 0,
 }
 
 
@@ -474,6 +475,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k-core", type=int, help="drop users and items with fewer interactions; 0 keeps all")
     parser.add_argument("--drop-duplicates", action="store_true", help="drop rows that repeat user, item and time")
     parser.add_argument("--shuffle-ties", type=int, metavar="SEED", help="random order within equal times of a user")
+    parser.add_argument("--without-last", type=int, metavar="N", help="leave out the last interactions of each user")
     parser.set_defaults(**_DATA_DEFAULTS)
 
 

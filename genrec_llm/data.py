@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-SHUFFLED = "-ties-shuffled-"
-"""Between the name of a data set and the seed, where `Interactions.shuffled_ties` made a variant."""
+_VARIANT = re.compile(r"(?:-ties-shuffled-(?P<seed>\d+))?(?:-without-last-(?P<last>\d+))?$")
+"""What `Interactions.shuffled_ties` and `Interactions.without_last` write behind the name of a data set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +153,42 @@ class Interactions:
             raise DataError(f"{self.name}: --shuffle-ties {seed}: it has no times, so nothing ties; leave it out")
         random = np.random.default_rng(seed).random(len(self.frame))
         order = np.lexsort((random, self.frame["timestamp"], self._user_codes))
-        name = f"{self.name}{SHUFFLED}{seed}"
+        name = f"{self.name}-ties-shuffled-{seed}"
         return Interactions(name, self.frame.iloc[order].reset_index(drop=True), self.catalogue)
+
+    def without_last(self, count: int) -> Interactions:
+        """The log as it was before each user's last interactions, under another name; the catalogue stays.
+
+        With one left out, what the split calls the test target is the validation target of the whole log, so a recipe can be
+        chosen by how well it does on items later than those that its training stopped at, with the test split closed.
+
+        Raises:
+            DataError: `count` is below 1.
+        """
+        if count < 1:
+            raise DataError(f"--without-last {count}: the number of interactions to leave out is 1 or more")
+        frame = self.frame[self.from_end > count].reset_index(drop=True)
+        return Interactions(f"{self.name}-without-last-{count}", frame, self.catalogue)
 
     def fingerprint(self) -> str:
         """sha256 (hex) over users, items and their order, and the catalogue's ids; not over text or times."""
         log = [self.frame["user"].tolist(), self.frame["item"].tolist()]
         return hashlib.sha256(json.dumps([*log, sorted(self.catalogue["item"])]).encode()).hexdigest()
+
+
+def named_variant(name: str) -> tuple[str, str]:
+    """Name of a data set without what a variant added to it, and in words what that says.
+
+    Example:
+        >>> named_variant("yelp-ties-shuffled-7-without-last-1")
+        ('yelp', ', ties shuffled (seed 7), without the last of each history')
+    """
+    found = _VARIANT.search(name)
+    assert found is not None  # the pattern fits nothing too
+    words = f", ties shuffled (seed {found['seed']})" if found["seed"] else ""
+    if found["last"]:
+        words += f", without the last {'' if found['last'] == '1' else found['last'] + ' '}of each history"
+    return name[: found.start()], words
 
 
 def read_interactions(

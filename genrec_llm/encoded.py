@@ -116,6 +116,7 @@ def read_data(args: DataArguments) -> Data:
         k_core=args.k_core,
         drop_duplicates=args.drop_duplicates,
         shuffle_ties=args.shuffle_ties,
+        without_last=args.without_last,
     )
     return encode_data(interactions, args)
 

@@ -92,6 +92,7 @@ def load_interactions(
     k_core: int = 0,
     drop_duplicates: bool = False,
     shuffle_ties: int | None = None,
+    without_last: int = 0,
 ) -> Interactions:
     """Load a named public data set or a file of one's own.
 
@@ -104,6 +105,7 @@ def load_interactions(
             `~/.cache/genrec_llm`), else downloaded into the cache.
         k_core: drop users and items with fewer interactions, again and again until none is left; 0 keeps all.
         shuffle_ties: seed of `Interactions.shuffled_ties`; None keeps the order of the file.
+        without_last: interactions at each user's end that `Interactions.without_last` leaves out, after all else.
 
     Raises:
         DataError: no such name or file, a file that is not the one meant, a failed download, a faulty log.
@@ -131,7 +133,8 @@ def load_interactions(
         nearest = f"; the nearest name is {near[0]!r}" if near else ""
         raise DataError(f"{dataset!r} is neither a file nor a named data set{nearest} (there are {', '.join(SOURCES)})")
     interactions = interactions.k_core(k_core) if k_core else interactions
-    return interactions if shuffle_ties is None else interactions.shuffled_ties(shuffle_ties)
+    interactions = interactions if shuffle_ties is None else interactions.shuffled_ties(shuffle_ties)
+    return interactions.without_last(without_last) if without_last else interactions
 
 
 def _benchmark(name: str, data_dir: str | os.PathLike[str] | None) -> Interactions:

@@ -13,7 +13,7 @@ import pytest
 from genrec_llm import cli
 from genrec_llm.args import DataArguments
 from genrec_llm.audit import OURS, IdOrder, audit, numberings
-from genrec_llm.data import Interactions
+from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.encoded import encode_data
 from genrec_llm.errors import DataError
 from genrec_llm.sources import load_interactions
@@ -141,6 +141,18 @@ def test_shuffled_ties_move_within_equal_times_alone() -> None:
         log.shuffled_ties(-1)
     with pytest.raises(DataError, match="has no times"):
         interactions([("u", "a")]).shuffled_ties(0)
+
+
+def test_without_the_last_the_test_target_is_the_validation_target_of_the_whole() -> None:
+    log = interactions([(user, item) for user in "uv" for item in f"abcde{user}"])
+    whole, earlier = leave_last_two_out(log), leave_last_two_out(log.without_last(1))
+    assert earlier["test"][:] == whole["validation"][:]
+    assert [items[:-1] for items in whole["train"]["items"]] == earlier["train"]["items"][:]
+    assert log.without_last(1).name == "toy-without-last-1"
+    assert set(log.without_last(1).catalogue["item"]) == set("abcdeuv")  # and nothing of the log is read but its ids
+    assert log.without_last(2).sequences()["u"] == list("abcd")
+    with pytest.raises(DataError, match="1 or more"):
+        log.without_last(-1)
 
 
 def test_the_verb_prints_tables_and_warnings_and_writes_everything(

@@ -523,6 +523,7 @@ def test_licences_of_bases_are_stated_where_known(runs: dict[str, Path], name: s
             "movielens-terms",
         ),
         ("amazon-beauty", ("state no licence", "McAuley"), None),
+        ("amazon-beauty-without-last-1", ("McAuley", "(2014, 5-core), without the last of each history"), None),
         ("amazon-sports", ("state no licence", "He, J. McAuley"), None),
         ("yelp", ("academic", "Yelp"), "yelp-dataset-terms"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 from genrec_llm.card.origins import SOURCES, Source, from_nothing
 from genrec_llm.card.words import literal, text
-from genrec_llm.data import SHUFFLED
+from genrec_llm.data import named_variant
 from genrec_llm.files import read_json
 from genrec_llm.loading import MERGED, read_info
 from genrec_llm.tasks import PromptLayout
@@ -157,9 +157,9 @@ class Facts:
     @property
     def source(self) -> Source | None:
         """The public data set that it was trained on; None for a file of one's own."""
-        name, _, seed = self.data["name"].partition(SHUFFLED)
+        name, variant = named_variant(self.data["name"])
         source = SOURCES.get(name) if self.data.get("public") else None
-        return replace(source, title=f"{source.title}, ties shuffled (seed {seed})") if source and seed else source
+        return replace(source, title=source.title + variant) if source else None
 
     @property
     def data_title(self) -> str:
