@@ -93,7 +93,7 @@ class DataArguments:
     without_last: int = field(
         default=0,
         metadata={
-            "help": "Leave out as many of each user's last interactions, to choose a recipe with the test split closed."
+            "help": "How many of each user's last interactions to leave out, to choose a recipe with the test split closed."
         },
     )
     max_history: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})

@@ -164,9 +164,8 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         seed = torch.empty(1, dtype=torch.int64).random_().numpy()[0]
-        bits = torch.empty(
-            -(-x.numel() // 4), dtype=torch.int64
-        )  # of torch's allocator, whose peak is what is estimated
+        # In torch's own memory, the peak of which `tools/check_memory.py` holds against the estimate.
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
         bits.numpy()[:] = np.random.SFC64(seed).random_raw(len(bits)).view(np.int64)
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
         ctx.save_for_backward(bits)

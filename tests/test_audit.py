@@ -14,7 +14,7 @@ from genrec_llm import cli
 from genrec_llm.args import DataArguments
 from genrec_llm.audit import OURS, IdOrder, audit, numberings
 from genrec_llm.data import Interactions, leave_last_two_out
-from genrec_llm.encoded import encode_data
+from genrec_llm.encoded import encode_data, load_data
 from genrec_llm.errors import DataError
 from genrec_llm.sources import load_interactions
 
@@ -149,10 +149,21 @@ def test_without_the_last_the_test_target_is_the_validation_target_of_the_whole(
     assert earlier["test"][:] == whole["validation"][:]
     assert [items[:-1] for items in whole["train"]["items"]] == earlier["train"]["items"][:]
     assert log.without_last(1).name == "toy-without-last-1"
-    assert set(log.without_last(1).catalogue["item"]) == set("abcdeuv")  # and nothing of the log is read but its ids
+    assert set(log.without_last(1).catalogue["item"]) == set("abcdeuv")
     assert log.without_last(2).sequences()["u"] == list("abcd")
     with pytest.raises(DataError, match="1 or more"):
         log.without_last(-1)
+
+
+def test_the_flag_leaves_out_the_last_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("u a b c d e\nv b c d e a\n")
+    whole, earlier = (
+        load_data(DataArguments(dataset=str(tmp_path / "log.txt"), users="none", without_last=count))
+        for count in (0, 1)
+    )
+    assert earlier.vocabulary == whole.vocabulary and earlier.fingerprint != whole.fingerprint
+    assert earlier.name == "log-without-last-1"
+    np.testing.assert_array_equal(earlier.held_out("test").targets, whole.held_out("validation").targets)
 
 
 def test_the_verb_prints_tables_and_warnings_and_writes_everything(
