@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from genrec_llm.evaluation import EvalReport
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+QUALITY = REPOSITORY / "docs" / "results" / "quality.json"
 METRICS = ("hr@5", "ndcg@5", "hr@10", "ndcg@10")
 PROTOCOLS = ("seen removed", "seen kept")
 SPLITS = ("test", "validation")
@@ -163,8 +164,11 @@ def row_of(report: EvalReport, model: str, made: Mapping[str, Any], *, seed: int
     }
 
 
-def rows_of_run(run: Path, model: str) -> list[Row]:
-    """Rows of every evaluation of a run: the model's, and those of the baselines that need no seed.
+def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
+    """Rows of a run's evaluations: the model's, and those of the recommenders that stand beside it.
+
+    Args:
+        evaluation: which of them, as its folder is named (`test`, `validation_seen-kept`, …); all by default.
 
     Raises:
         ConfigError: it has not finished, or is not evaluated.
@@ -174,7 +178,7 @@ def rows_of_run(run: Path, model: str) -> list[Row]:
     from genrec_llm.plots import read_reports
 
     stages = stages_of(run)
-    folders = sorted(path.parent for path in run.glob("evaluation/*/report.json"))
+    folders = sorted(path.parent for path in run.glob(f"evaluation/{evaluation}/report.json"))
     if not folders:
         raise ConfigError(f"{run}: not evaluated yet: recipes/evaluate.py --run {run}")
     seed = stages[-1][1]["arguments"]["training"]["seed"]
@@ -184,13 +188,16 @@ def rows_of_run(run: Path, model: str) -> list[Row]:
         made = read_json(folder / "report.json")
         ours, *rivals = read_reports(folder)
         rows.append(row_of(ours, model, made, seed=seed, seconds=seconds))
-        # A model asked as if it knew no user is no rival, and goes by its run.
-        others = [rival for rival in rivals if not rival.name.startswith(ours.name)]
         untrained = {"seed": None, "seconds": None} | made
-        for rival in others:
+        for rival in rivals_among(ours, rivals):
             facts = untrained | made.get("rivals", {}).get(rival.name, {})
             rows.append(row_of(rival, rival.name, facts, seed=facts["seed"], seconds=facts["seconds"]))
     return rows
+
+
+def rivals_among(ours: EvalReport, reports: Iterable[EvalReport]) -> list[EvalReport]:
+    """Without our model asked as if it knew no user, which is no rival and goes by its run."""
+    return [report for report in reports if not report.name.startswith(ours.name)]
 
 
 def put(path: Path, new: Iterable[Row]) -> None:
@@ -229,6 +236,23 @@ def read_pairs(path: Path) -> list[Pair]:
     if wrong:
         raise DataError([f"{path}: row {number}: has to have {', '.join(sorted(names))}" for number in wrong])
     return [Pair(**row) for row in rows]
+
+
+def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
+    """Add pairs to the file beside quality.json, which is returned, in the place of those with the same key."""
+    path = pairs_beside(quality)
+    pairs = {_identity(pair): pair for pair in (*read_pairs(path), *new)}
+    write_json(path, [asdict(pair) for pair in pairs.values()])
+    return path
+
+
+def _identity(pair: Pair) -> tuple[Any, ...]:
+    return pair.dataset, pair.split, pair.protocol, pair.model, pair.rival, pair.seed
+
+
+def pairs_beside(quality: Path) -> Path:
+    """The file of pairs that belongs to a file of rows."""
+    return quality.with_name("quality_pairs.json")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -370,7 +394,7 @@ def write(page: Path, quality: Path, *, check: bool) -> None:
     if not quality.is_file():
         raise ConfigError(f"{quality}: no such file: add rows with `tools/make_tables.py add`")
     rows = checked(read_json(quality), quality)
-    pairs = read_pairs(quality.with_name("quality_pairs.json"))
+    pairs = read_pairs(pairs_beside(quality))
     sets = sorted({row["dataset"] for row in rows})
     pictures = {name: quality.with_name(f"quality_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}.png") for name in sets}
     links = {name: os.path.relpath(path, page.parent) for name, path in pictures.items()}
@@ -405,7 +429,7 @@ def _made(report: Path, command: str | None) -> dict[str, Any]:
 def main() -> None:
     """Write the tables, add rows, or add a paired difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quality", type=Path, default=REPOSITORY / "docs" / "results" / "quality.json")
+    parser.add_argument("--quality", type=Path, default=QUALITY)
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "accuracy.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page would change")
     verbs = parser.add_subparsers(dest="verb")
@@ -443,14 +467,8 @@ def main() -> None:
         print(f"{len(rows)} rows written to {args.quality}")
     else:
         pair = pair_of(EvalReport.load(args.ours), EvalReport.load(args.rival), args.models, args.seed)
-        path = args.quality.with_name("quality_pairs.json")
-        kept = [each for each in read_pairs(path) if _identity(each) != _identity(pair)]
-        write_json(path, [asdict(each) for each in (*kept, pair)])
+        path = put_pairs(args.quality, [pair])
         print(f"{pair.model} - {pair.rival}, NDCG@10: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]; in {path}")
-
-
-def _identity(pair: Pair) -> tuple[Any, ...]:
-    return pair.dataset, pair.split, pair.protocol, pair.model, pair.rival, pair.seed
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""The tool that makes the rows of a data set: ours and rivals, seed by seed, and again after a kill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from genrec_llm.files import read_json
+
+
+@pytest.mark.slow
+def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
+    tiny.save_backbone("t5-untied", tmp_path / "base")
+    tiny.save_log(tmp_path / "log.csv")
+    shared = {"dataset": str(tmp_path / "log.csv"), "backbone": str(tmp_path / "base"), "global_batch_size": 32,
+              "num_train_epochs": 1, "lora_r": 2, "disable_tqdm": True, "output_dir": "elsewhere"}  # fmt: skip
+    (tmp_path / "configs").mkdir()
+    for stage, more in (("pretrain", {}), ("finetune", {"from_run": "elsewhere"})):
+        (tmp_path / "configs" / f"{stage}.yaml").write_text(yaml.safe_dump(shared | more))
+    quality = tmp_path / "quality.json"
+    command = [
+        sys.executable, "tools/benchmark.py", "--model", "genrec-tiny", "--configs", str(tmp_path / "configs"),
+        "--out", str(tmp_path / "out"), "--quality", str(quality),
+        "--rivals", "hgn", "--seeds", "0", "1", "--jobs", "2", "--split", "test",
+    ]  # fmt: skip
+    tiny.run(command)
+    rows = read_json(quality)
+    assert {(row["model"], row["seed"], row["split"]) for row in rows} == {
+        ("genrec-tiny", 0, "test"), ("genrec-tiny", 1, "test"), ("hgn", 0, "test"), ("hgn", 1, "test"),
+        ("popularity", None, "test"), ("item-kNN", None, "test"),
+    }  # fmt: skip
+    ours = next(row for row in rows if row["model"] == "genrec-tiny" and row["seed"] == 1)
+    assert "--seeds 1 --split test" in ours["command"] and ours["seconds"] > 0
+    pairs = read_json(tmp_path / "quality_pairs.json")
+    assert {(pair["rival"], pair["seed"]) for pair in pairs} >= {("hgn", 0), ("hgn", 1), ("item-kNN", 0)}
+
+    tiny.run([*command, "--keep-seen"])
+    kept = [row for row in read_json(quality) if row["protocol"] == "seen kept"]
+    assert {row["model"] for row in kept} == {"genrec-tiny", "hgn", "popularity", "item-kNN", "recent repeat"}
+    for seed in (0, 1):  # each protocol opened the test split once, and the first command again does not
+        opened = tmp_path / "out" / f"seed-{seed}" / "finetune" / "test_openings.jsonl"
+        assert len(opened.read_text().splitlines()) == 2
+    tiny.run(command)
+    assert len(opened.read_text().splitlines()) == 2 and len(read_json(quality)) == len(rows) + len(kept)
+
+
+def test_what_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/benchmark.py", "--model", "SASRec", "--configs", str(tmp_path), "--out", "x"]
+    done = subprocess.run(
+        command, cwd=tiny.REPOSITORY, env=tiny.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pretrain.yaml and finetune.yaml have to be in it" in done.stderr and "begins with genrec" in done.stderr

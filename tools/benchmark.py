@@ -1,0 +1,155 @@
+"""A row of docs/accuracy.md again, or all of a data set: train ours and rivals, rank them side by side, add the rows.
+
+    python tools/benchmark.py --configs recipes/configs/beauty_t5-mini --model genrec-t5-mini \\
+        --rivals sasrec-softmax --seeds 0 1 2 3 4 --jobs 2 --out runs/benchmark/beauty --split test
+    python tools/make_tables.py
+
+`--configs` is a folder with pretrain.yaml and finetune.yaml; `--rivals` are entries of tools/rivals.yaml, trained on its
+data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it measured goes to
+docs/results/quality.json, with the paired differences, each row with the command of this tool that makes its seed again.
+Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
+validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
+models, each chosen by validation with seen items removed, with the items of the history kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+from ablation import BASE, REPOSITORY, Trial
+from make_tables import OURS, QUALITY, SPLITS, Pair, Row, pair_of, put, put_pairs, rivals_among, rows_of_run
+
+from genrec_llm.args import DataArguments
+from genrec_llm.errors import ConfigError, counted, exits_cleanly
+from genrec_llm.files import read_json
+from genrec_llm.plots import read_reports
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One configuration and its rivals on one data set."""
+
+    configs: Path
+    model: str
+    rivals: Sequence[str]
+    out: Path
+    split: str
+    keep_seen: bool
+
+    def run(self, seed: int) -> Path:
+        """Our run directory."""
+        return self.out / f"seed-{seed}" / "finetune"
+
+    def rival(self, name: str, seed: int) -> Path:
+        """The folder of a rival's run, as tools/rivals.py names it."""
+        return self.out / "rivals" / f"{name}_seed={seed}"
+
+    def train(self, name: str | None, seed: int) -> str:
+        """Train a rival, or ours where no name is given; empty, or why it failed."""
+        if name is None:
+            outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, [])
+            return outcome.reason and f"{self.run(seed).parent}: {outcome.reason}"
+        config = yaml.safe_load((self.configs / "finetune.yaml").read_text(encoding="utf-8"))
+        source = {field.name: config[field.name] for field in fields(DataArguments) if field.name in config}
+        flags = [word for key, value in source.items() for word in (f"--{key}", str(value))]
+        if config.get("item_vectors"):
+            flags += ["--item-vectors", config["item_vectors"]]
+        log = self.out / "rivals" / f"{name}_seed={seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            done = subprocess.run(
+                [sys.executable, str(REPOSITORY / "tools" / "rivals.py"), *flags, "--rival", name, "--seed", str(seed),
+                 "--out", str(log.parent)],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            )  # fmt: skip
+        return f"{log}: this rival failed" if done.returncode else ""
+
+    def report(self, seed: int) -> Path:
+        """Where recipes/evaluate.py writes."""
+        return self.run(seed) / "evaluation" / (self.split + ("_seen-kept" if self.keep_seen else ""))
+
+    def rank(self, seed: int) -> None:
+        """Merge and rank, unless that is done."""
+        found = self.report(seed) / "report.json"
+        if found.is_file() and set(self.rivals) <= set(read_json(found)["rivals"]):
+            return
+        recipe("merge", "--run", self.run(seed))
+        rivals = [self.rival(name, seed) for name in self.rivals]
+        recipe(
+            "evaluate", "--run", self.run(seed), "--split", self.split, *(["--keep-seen"] if self.keep_seen else []),
+            *(["--rivals", *rivals] if rivals else []),
+        )  # fmt: skip
+
+    def command(self, name: str | None, seed: int) -> str:
+        """What makes a row again."""
+        words = ["tools/benchmark.py", "--configs", self.configs, "--model", self.model, "--seeds", seed]
+        words += ["--rivals", name] if name else []
+        words += ["--keep-seen"] if self.keep_seen else []
+        return shlex.join(map(str, [*words, "--split", self.split, "--out", self.out]))
+
+    def rows(self, seed: int) -> list[Row]:
+        """Rows of quality.json for this split and protocol."""
+        rows = rows_of_run(self.run(seed), self.model, self.report(seed).name)
+        return [
+            row | {"command": self.command(row["model"] if row["model"] in self.rivals else None, seed)} for row in rows
+        ]
+
+    def pairs(self, seed: int) -> list[Pair]:
+        """Ours minus each recommender that stands beside it."""
+        ours, *others = read_reports(self.report(seed))
+        return [pair_of(ours, other, [self.model, other.name], seed) for other in rivals_among(ours, others)]
+
+
+def recipe(name: str, *arguments: object) -> None:
+    """Run a recipe; what it says goes to the terminal."""
+    command = [sys.executable, str(REPOSITORY / "recipes" / f"{name}.py"), *map(str, arguments)]
+    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
+        raise ConfigError(f"failed: {shlex.join(command)}")
+
+
+@exits_cleanly
+def main() -> None:
+    """Train, rank, add the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, required=True, help="folder with pretrain.yaml and finetune.yaml")
+    parser.add_argument("--model", required=True, help=f"our model's name in the tables; it begins with {OURS}")
+    parser.add_argument("--rivals", nargs="+", default=[], help="entries of tools/rivals.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="test opens the test split")
+    parser.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time, one thread each")
+    parser.add_argument("--quality", type=Path, default=QUALITY, help="the file of rows")
+    args = parser.parse_args()
+    missing = [name for name in ("pretrain.yaml", "finetune.yaml") if not (args.configs / name).is_file()]
+    problems = [f"--configs: {args.configs}: {' and '.join(missing)} have to be in it"] if missing else []
+    if not args.model.startswith(OURS):
+        problems.append(f"--model {args.model}: the name of a model of ours begins with {OURS}")
+    if problems:
+        raise ConfigError(problems)
+    benchmark = Benchmark(args.configs, args.model, args.rivals, args.out, args.split, args.keep_seen)
+    wanted = [(name, seed) for seed in args.seeds for name in (None, *args.rivals)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        problems = [reason for reason in pool.map(lambda each: benchmark.train(*each), wanted) if reason]
+    if problems:
+        raise ConfigError(problems)
+    for seed in args.seeds:
+        benchmark.rank(seed)
+        put(args.quality, benchmark.rows(seed))
+        put_pairs(args.quality, benchmark.pairs(seed))
+    print(f"{counted(len(args.seeds), 'seed')} in {args.quality}")
+    print("Next: python tools/make_tables.py")
+
+
+if __name__ == "__main__":
+    main()
