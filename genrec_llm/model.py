@@ -263,6 +263,9 @@ class GenRecBart(GenRecBackbone, BartForConditionalGeneration):
     packs = False
 
 
+LAST_PROJECTIONS = (".o", ".wo", ".out_proj", ".fc2")
+"""Of attention and feed-forward blocks: what they add to the residual stream comes out of these layers."""
+
 FAMILIES: dict[str, tuple[type[GenRecBackbone], type[GenRecBackbone], list[str]]] = {
     "t5": (GenRecUntiedT5, GenRecT5, ["q", "v"]),
     "mt5": (GenRecUntiedMT5, GenRecMT5, ["q", "v"]),
@@ -440,7 +443,9 @@ def load_backbone(
         setattr(config, "dropout_rate" if "t5" in config.model_type else "dropout", dropout)
     own_head, tied_head, _ = FAMILIES[config.model_type]
     if init == "random":
-        return own_head(config).to(dtype), tokenizer
+        model = own_head(config).to(dtype)
+        start_quiet(model)
+        return model, tokenizer
     options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True, **quantization}
     options["attn_implementation"] = "sdpa"  # `last_hidden` gives masks as it takes them
     try:
@@ -462,6 +467,19 @@ def load_backbone(
             "yourself, with from_pretrained and save_pretrained of transformers, if you trust it"
         ) from error
     return model, tokenizer
+
+
+def start_quiet(model: nn.Module) -> None:
+    """Zero the last projection of every attention and feed-forward block, in place, so that fresh blocks begin silent.
+
+    A fresh model then scores by the row of the item before the mask, which first rows from co-occurrence are made for;
+    random blocks drown it out, and training takes many epochs to find it again. So begin residual branches in Fixup
+    (Zhang et al., 2019).
+    """
+    for name, module in model.named_modules():
+        if name.endswith(LAST_PROJECTIONS) and isinstance(module, nn.Linear):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def add_id_words(tokenizer: PreTrainedTokenizerBase, vocab: IdVocab) -> None:

@@ -404,6 +404,22 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.mark.parametrize("name", ["t5-mini", "bart-micro"])
+def test_a_fresh_backbone_scores_by_the_row_of_the_last_item(name: str) -> None:
+    """Whatever the history before it; on T5, whose positions add nothing, in the order of the rows' products with it."""
+    model, tokenizer = load_backbone(name, init="random", dropout=0.0)
+    layout = prompt_layout(tokenizer, vocabulary(), max_history=6)
+    rows = nn.functional.normalize(torch.randn(ITEMS, model.config.d_model), dim=1)
+    model.add_id_tokens(IdTokens(rows, torch.zeros(USERS + 1, model.config.d_model), None), layout.base)
+    histories = [np.array([4, 2, 7]), np.array([1, 3, 7]), np.array([7, 1])]
+    batch = as_tensors(layout.encode_histories(histories, np.array([1, 2, 3])))
+    with torch.no_grad():
+        same, too, other = model.eval()(**batch).logits
+    assert torch.allclose(same, too, atol=1e-5) and not torch.allclose(same, other, atol=1e-2)
+    if name == "t5-mini":
+        assert same.argsort().tolist() == (rows @ rows[7]).argsort().tolist()
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("name", ["t5-micro", "bart-micro"])
 def test_a_named_geometry_comes_with_a_tokenizer_that_fits(name: str) -> None:
