@@ -20,8 +20,7 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     shared = {"dataset": str(tmp_path / "log.csv"), "backbone": str(tmp_path / "base"), "global_batch_size": 32,
               "num_train_epochs": 1, "lora_r": 2, "disable_tqdm": True, "output_dir": "elsewhere"}  # fmt: skip
     (tmp_path / "configs").mkdir()
-    for stage, more in (("pretrain", {}), ("finetune", {"from_run": "elsewhere"})):
-        (tmp_path / "configs" / f"{stage}.yaml").write_text(yaml.safe_dump(shared | more))
+    (tmp_path / "configs" / "finetune.yaml").write_text(yaml.safe_dump(shared))
     quality = tmp_path / "quality.json"
     command = [
         sys.executable, "tools/benchmark.py", "--model", "genrec-tiny", "--configs", str(tmp_path / "configs"),
@@ -55,4 +54,4 @@ def test_what_is_missing_is_named_at_once(tmp_path: Path) -> None:
         command, cwd=tiny.REPOSITORY, env=tiny.environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "pretrain.yaml and finetune.yaml have to be in it" in done.stderr and "begins with genrec" in done.stderr
+    assert "finetune.yaml has to be in it" in done.stderr and "begins with genrec" in done.stderr

@@ -33,7 +33,7 @@ from genrec_llm.files import atomic_file, read_json, write_json
 REPOSITORY = Path(__file__).resolve().parent.parent
 METRICS = ("hit_rate@5", "ndcg@5", "hit_rate@10", "ndcg@10")
 LABELS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
-BASE = "as configured"
+BASE, ALONE = "as configured", "no pretraining"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Variant:
 
 VARIANTS = {
     BASE: Variant(),
-    "no pretraining": Variant(pretrained=False),
+    ALONE: Variant(pretrained=False),
     "user token": Variant({"users": "each"}),
     "no user token": Variant({"users": "none"}),
     "LoRA": Variant({"tuning": "lora"}),

@@ -4,9 +4,10 @@
         --rivals sasrec-softmax --seeds 0 1 2 3 4 --jobs 2 --out runs/benchmark/beauty --split test
     python tools/make_tables.py
 
-`--configs` is a folder with pretrain.yaml and finetune.yaml; `--rivals` are entries of tools/rivals.yaml, trained on its
-data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it measured goes to
-docs/results/quality.json, with the paired differences, each row with the command of this tool that makes its seed again.
+`--configs` is a folder with finetune.yaml, and pretrain.yaml where that names a `from_run`; `--rivals` are entries of
+tools/rivals.yaml, trained on its data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it
+measured goes to docs/results/quality.json, with the paired differences, each row with the command of this tool that makes
+its seed again.
 Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
 validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
 models, each chosen by validation with seen items removed, with the items of the history kept.
@@ -22,10 +23,12 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
-from ablation import BASE, REPOSITORY, Trial
+from ablation import ALONE, BASE, REPOSITORY, Trial
 from make_tables import OURS, QUALITY, SPLITS, Pair, Row, pair_of, put, put_pairs, rivals_among, rows_of_run
 
 from genrec_llm.args import DataArguments
@@ -45,6 +48,12 @@ class Benchmark:
     split: str
     keep_seen: bool
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What finetune.yaml says."""
+        config: dict[str, Any] = yaml.safe_load((self.configs / "finetune.yaml").read_text(encoding="utf-8"))
+        return config
+
     def run(self, seed: int) -> Path:
         """Our run directory."""
         return self.out / f"seed-{seed}" / "finetune"
@@ -56,13 +65,13 @@ class Benchmark:
     def train(self, name: str | None, seed: int) -> str:
         """Train a rival, or ours where no name is given; empty, or why it failed."""
         if name is None:
-            outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, [])
+            variant = BASE if self.config.get("from_run") else ALONE
+            outcome = Trial(variant, seed, self.out / f"seed-{seed}").run(self.configs, [])
             return outcome.reason and f"{self.run(seed).parent}: {outcome.reason}"
-        config = yaml.safe_load((self.configs / "finetune.yaml").read_text(encoding="utf-8"))
-        source = {field.name: config[field.name] for field in fields(DataArguments) if field.name in config}
-        flags = [word for key, value in source.items() for word in (f"--{key}", str(value))]
-        if config.get("item_vectors"):
-            flags += ["--item-vectors", config["item_vectors"]]
+        source = [field.name for field in fields(DataArguments) if field.name in self.config]
+        flags = [word for key in source for word in (f"--{key}", str(self.config[key]))]
+        if self.config.get("item_vectors"):
+            flags += ["--item-vectors", self.config["item_vectors"]]
         log = self.out / "rivals" / f"{name}_seed={seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
@@ -121,7 +130,7 @@ def recipe(name: str, *arguments: object) -> None:
 def main() -> None:
     """Train, rank, add the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", type=Path, required=True, help="folder with pretrain.yaml and finetune.yaml")
+    parser.add_argument("--configs", type=Path, required=True, help="folder of finetune.yaml")
     parser.add_argument("--model", required=True, help=f"our model's name in the tables; it begins with {OURS}")
     parser.add_argument("--rivals", nargs="+", default=[], help="entries of tools/rivals.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -131,8 +140,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time, one thread each")
     parser.add_argument("--quality", type=Path, default=QUALITY, help="the file of rows")
     args = parser.parse_args()
-    missing = [name for name in ("pretrain.yaml", "finetune.yaml") if not (args.configs / name).is_file()]
-    problems = [f"--configs: {args.configs}: {' and '.join(missing)} have to be in it"] if missing else []
+    there = (args.configs / "finetune.yaml").is_file()
+    problems = [] if there else [f"--configs: {args.configs}: finetune.yaml has to be in it"]
     if not args.model.startswith(OURS):
         problems.append(f"--model {args.model}: the name of a model of ours begins with {OURS}")
     if problems:
