@@ -95,11 +95,10 @@ class Trial:
 
     def _train(self, stage: str, flags: Sequence[str]) -> str:
         """Why a stage failed; empty if it did not."""
-        recipe = REPOSITORY / "recipes" / f"{stage}.py"
         log = self.folder / f"{stage}.log"
         with log.open("ab") as file:
             done = subprocess.run(
-                [sys.executable, str(recipe), "--config", str(self.folder / f"{stage}.yaml"), *flags],
+                [sys.executable, recipe(stage), "--config", str(self.folder / f"{stage}.yaml"), *flags],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             )  # fmt: skip
@@ -115,6 +114,11 @@ class Trial:
         log = [entry for entry in read_json(self.folder / "finetune" / "log_history.json") if "eval_ndcg@10" in entry]
         best = max(log, key=lambda entry: entry["eval_ndcg@10"])
         return Outcome(self.variant, self.seed, {name: best[f"eval_{name}"] for name in METRICS}, round(seconds, 1))
+
+
+def recipe(name: str) -> str:
+    """The path of a recipe from here, as it is to stand in the run's command."""
+    return os.path.relpath(REPOSITORY / "recipes" / f"{name}.py")
 
 
 def finished(run: Path) -> bool:

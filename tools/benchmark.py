@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ablation import ALONE, BASE, REPOSITORY, Trial
+from ablation import ALONE, BASE, REPOSITORY, Trial, recipe
 from make_tables import OURS, QUALITY, SPLITS, Pair, Row, pair_of, put, put_pairs, rivals_among, rows_of_run
 
 from genrec_llm.args import DataArguments
@@ -76,7 +76,7 @@ class Benchmark:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             done = subprocess.run(
-                [sys.executable, str(REPOSITORY / "tools" / "rivals.py"), *flags, "--rival", name, "--seed", str(seed),
+                [sys.executable, os.path.relpath(REPOSITORY / "tools" / "rivals.py"), *flags, "--rival", name, "--seed", str(seed),
                  "--out", str(log.parent)],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
@@ -92,9 +92,9 @@ class Benchmark:
         found = self.report(seed) / "report.json"
         if found.is_file() and set(self.rivals) <= set(read_json(found)["rivals"]):
             return
-        recipe("merge", "--run", self.run(seed))
+        call("merge", "--run", self.run(seed))
         rivals = [self.rival(name, seed) for name in self.rivals]
-        recipe(
+        call(
             "evaluate", "--run", self.run(seed), "--split", self.split, *(["--keep-seen"] if self.keep_seen else []),
             *(["--rivals", *rivals] if rivals else []),
         )  # fmt: skip
@@ -119,9 +119,9 @@ class Benchmark:
         return [pair_of(ours, other, [self.model, other.name], seed) for other in rivals_among(ours, others)]
 
 
-def recipe(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> None:
     """Run a recipe; what it says goes to the terminal."""
-    command = [sys.executable, str(REPOSITORY / "recipes" / f"{name}.py"), *map(str, arguments)]
+    command = [sys.executable, recipe(name), *map(str, arguments)]
     if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
         raise ConfigError(f"failed: {shlex.join(command)}")
 
