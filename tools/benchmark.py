@@ -76,8 +76,8 @@ class Benchmark:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             done = subprocess.run(
-                [sys.executable, os.path.relpath(REPOSITORY / "tools" / "rivals.py"), *flags, "--rival", name, "--seed", str(seed),
-                 "--out", str(log.parent)],
+                [sys.executable, os.path.relpath(REPOSITORY / "tools" / "rivals.py"), *flags, "--rival", name,
+                 "--seed", str(seed), "--out", str(log.parent)],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             )  # fmt: skip
