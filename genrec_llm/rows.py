@@ -30,7 +30,7 @@ MOST_NUMBERS = 2**26
 VECTOR_SHARE, VECTOR_WEIGHT = 3 / 8, 0.7
 """Of a row's width, and against a length of one, what vectors of the items get beside co-occurrence."""
 RANDOM_NORM = 1.0
-"""Row norm for a backbone without pretrained rows: the residual stream starts small, so layers are heard early."""
+"""Row norm for a backbone without pretrained rows: the residual stream starts small, so blocks are soon heard."""
 USER_NORM = 0.1
 """Norm of a fresh user row, as a share of an item row's: users start nearly silent."""
 
