@@ -37,6 +37,10 @@ from genrec_llm.files import read_json
 from genrec_llm.plots import read_reports
 
 
+GENERATED = 500
+"""Users whose lists are also made by `generate`; its beams take many times as long as the ranking of all."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One configuration and its rivals on one data set."""
@@ -95,8 +99,8 @@ class Benchmark:
         call("merge", "--run", self.run(seed))
         rivals = [self.rival(name, seed) for name in self.rivals]
         call(
-            "evaluate", "--run", self.run(seed), "--split", self.split, *(["--keep-seen"] if self.keep_seen else []),
-            *(["--rivals", *rivals] if rivals else []),
+            "evaluate", "--run", self.run(seed), "--split", self.split, "--generate-users", GENERATED,
+            *(["--keep-seen"] if self.keep_seen else []), *(["--rivals", *rivals] if rivals else []),
         )  # fmt: skip
 
     def command(self, name: str | None, seed: int) -> str:
