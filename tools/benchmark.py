@@ -36,7 +36,6 @@ from genrec_llm.errors import ConfigError, counted, exits_cleanly
 from genrec_llm.files import read_json
 from genrec_llm.plots import read_reports
 
-
 GENERATED = 500
 """Users whose lists are also made by `generate`; its beams take many times as long as the ranking of all."""
 
