@@ -125,7 +125,9 @@ class ModelArguments:
         metadata={"help": "Folder or Hub name of a T5 or BART checkpoint; with random weights also t5-micro, …"},
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    backbone_init: str = field(default="pretrained", metadata={"help": "pretrained, or random: fresh weights, blocks that begin silent."})
+    backbone_init: str = field(
+        default="pretrained", metadata={"help": "pretrained, or random: fresh weights, blocks that begin silent."}
+    )
     quantization: str | None = field(
         default=None,
         metadata={"help": "LoRA on a frozen backbone of 8bit or 4bit (nf4) linear layers, by bitsandbytes."},
