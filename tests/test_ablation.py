@@ -9,7 +9,6 @@ from pathlib import Path
 import ablation
 import pytest
 import tiny
-import yaml
 from ablation import BASE, VARIANTS, Outcome
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
@@ -41,16 +40,10 @@ def test_the_table_has_means_spreads_and_reasons() -> None:
 
 @pytest.mark.slow
 def test_variants_are_trained_and_not_trained_again(tmp_path: Path) -> None:
-    tiny.save_backbone("t5-untied", tmp_path / "base")
-    tiny.save_log(tmp_path / "log.csv")
-    shared = {"dataset": str(tmp_path / "log.csv"), "backbone": str(tmp_path / "base"), "global_batch_size": 32,
-              "num_train_epochs": 1, "lora_r": 2, "disable_tqdm": True, "output_dir": "elsewhere"}  # fmt: skip
-    (tmp_path / "configs").mkdir()
-    for stage, more in (("pretrain", {"masks_per_sequence": 2}), ("finetune", {"from_run": "elsewhere"})):
-        (tmp_path / "configs" / f"{stage}.yaml").write_text(yaml.safe_dump(shared | more))
+    configs = tiny.save_stages(tmp_path)
     out = tmp_path / "out"
     command = [
-        sys.executable, "tools/ablation.py", "--configs", str(tmp_path / "configs"), "--out", str(out), "--jobs", "2",
+        sys.executable, "tools/ablation.py", "--configs", str(configs), "--out", str(out), "--jobs", "2",
         "--variants", BASE, "no pretraining", "rows: text",
     ]  # fmt: skip
     assert "row_init: text is not possible" in tiny.run(command)

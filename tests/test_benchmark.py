@@ -8,22 +8,16 @@ from pathlib import Path
 
 import pytest
 import tiny
-import yaml
 
 from genrec_llm.files import read_json
 
 
 @pytest.mark.slow
 def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
-    tiny.save_backbone("t5-untied", tmp_path / "base")
-    tiny.save_log(tmp_path / "log.csv")
-    shared = {"dataset": str(tmp_path / "log.csv"), "backbone": str(tmp_path / "base"), "global_batch_size": 32,
-              "num_train_epochs": 1, "lora_r": 2, "disable_tqdm": True, "output_dir": "elsewhere"}  # fmt: skip
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "finetune.yaml").write_text(yaml.safe_dump(shared))
+    configs = tiny.save_stages(tmp_path)
     quality = tmp_path / "quality.json"
     command = [
-        sys.executable, "tools/benchmark.py", "--model", "genrec-tiny", "--configs", str(tmp_path / "configs"),
+        sys.executable, "tools/benchmark.py", "--model", "genrec-tiny", "--configs", str(configs),
         "--out", str(tmp_path / "out"), "--quality", str(quality),
         "--rivals", "hgn", "--seeds", "0", "1", "--jobs", "2", "--split", "test",
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
@@ -136,6 +137,18 @@ def save_items(path: Path) -> Path:
     rows = [f'i{number},"Item, ""{number}"""' if number % 7 else f"i{number}," for number in range(30)]
     path.write_text("\n".join(["item,title", *rows, "cold,Never seen"]) + "\n")
     return path
+
+
+def save_stages(folder: Path) -> Path:
+    """The configurations of both stages of a short training, on a log of its own; their folder."""
+    shared = {"dataset": str(save_log(folder / "log.csv")), "backbone": str(save_backbone("t5-untied", folder / "base")),
+              "global_batch_size": 32, "num_train_epochs": 1, "lora_r": 2, "disable_tqdm": True,
+              "output_dir": "elsewhere"}  # fmt: skip
+    configs = folder / "configs"
+    configs.mkdir()
+    for stage, more in (("pretrain", {"masks_per_sequence": 2}), ("finetune", {"from_run": "elsewhere"})):
+        (configs / f"{stage}.yaml").write_text(yaml.safe_dump(shared | more))
+    return configs
 
 
 def recipe(name: str, *arguments: object) -> None:
