@@ -168,6 +168,13 @@ class ModelArguments:
         default="last-item",
         metadata={"help": "last-item: mask token and last item; mask: the mask token alone."},
     )
+    last_items_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Ranking: share of what the model says after each of the last 4 items alone, beside the whole history; "
+            "training is the same."
+        },
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -176,6 +183,8 @@ class ModelArguments:
             *_one_of("row_init", self.row_init, ROW_INITS),
             *_one_of("decoder_prompt", self.decoder_prompt, ("last-item", "mask")),
         ]
+        if not 0 <= self.last_items_share < 1:
+            problems.append(f"last_items_share: {self.last_items_share} is not at least 0 and below 1")
         if self.quantization is not None:
             problems += _one_of("quantization", self.quantization, QUANTIZATIONS)
             if self.tuning == "full":

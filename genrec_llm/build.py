@@ -97,6 +97,7 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
         data.vocab,
         max_history=data.max_history,
         decoder_prompt=args.decoder_prompt,  # type: ignore[arg-type]
+        last_items_share=args.last_items_share,
     )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < data.max_history + 3:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,15 +98,54 @@ def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout, 
     return F.linear(hidden.float(), item_rows(model, layout) if rows is None else rows)
 
 
+def mixed_scores(
+    score: Callable[[Sequence[npt.NDArray[np.int64]], npt.NDArray[np.int64]], Tensor],
+    layout: PromptLayout,
+    histories: Sequence[npt.NDArray[np.int64]],
+    users: npt.NDArray[np.int64],
+) -> Tensor:
+    """Scores that items are ranked by after each history, fp32 `[batch, items]`.
+
+    They are the model's, or the log-probability of an item in the mixture over `layout.contexts`: one softmax over one
+    vector says badly that the next item is near the last one or near the one before it.
+
+    Args:
+        score: asks the model for scores `[batch, items]`; called as often whatever the histories are.
+        users: user rows, `[batch]`.
+    """
+    if not layout.last_items_weights:
+        return score(histories, users)
+    mixed: Tensor | None = None
+    for asked, weights in layout.contexts(histories):
+        likely = score(asked, users).float().log_softmax(dim=1)
+        likely += torch.from_numpy(weights).to(likely).log()[:, None]
+        mixed = likely if mixed is None else torch.logaddexp(mixed, likely)
+    assert mixed is not None
+    return mixed
+
+
+class _MixContexts(LogitsProcessor):
+    """Puts the mixture of what `layout.contexts` of a history say into the rows of each, a row a beam."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.log_weights = weights.log()[:, :, None, None]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        users, contexts = self.log_weights.shape[:2]
+        likely = scores.log_softmax(dim=1).view(users, contexts, -1, scores.shape[1])
+        mixed = (likely + self.log_weights.to(likely)).logsumexp(dim=1, keepdim=True)
+        return mixed.expand_as(likely).reshape(scores.shape)  # type: ignore[return-value]
+
+
 class _ExcludeItems(LogitsProcessor):
-    """Sets -inf at given token ids of each input row; `generate` repeats rows once a beam."""
+    """Sets -inf at given token ids of each user; `generate` has a row a context and beam."""
 
     def __init__(self, allowed: Tensor) -> None:
         self.allowed = allowed
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        beams = scores.shape[0] // self.allowed.shape[0]
-        return scores.masked_fill(~self.allowed.repeat_interleave(beams, dim=0), -torch.inf)  # type: ignore[return-value]
+        rows = scores.shape[0] // self.allowed.shape[0]
+        return scores.masked_fill(~self.allowed.repeat_interleave(rows, dim=0), -torch.inf)  # type: ignore[return-value]
 
 
 @torch.inference_mode()
@@ -116,20 +155,27 @@ def generate_top_n(
     layout: PromptLayout,
     n: int,
     exclude: Sequence[npt.NDArray[np.int64]] | None = None,
+    *,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Top items by beam search over one new token, `[batch, n]` items and their log-probabilities.
+    """Top items by beam search over one new token, `[users, n]` items and their log-probabilities.
 
     Args:
         model: a merged model; its `generation_config` restricts tokens to items.
-        exclude: item indices each row must not get, such as its history.
+        batch: a row a user or, with `weights`, a context: of `layout.encode_contexts`.
+        exclude: item indices each user must not get, such as the history.
+        weights: `[users, contexts]`, of `layout.encode_contexts`: the list is that of the mixture.
 
     Rows with fewer than `n` eligible items end in `NOTHING`.
     """
-    rows = len(batch["input_ids"])
+    contexts = 1 if weights is None else weights.shape[1]
+    users = len(batch["input_ids"]) // contexts
     beams = min(n, layout.num_items)
     processors = LogitsProcessorList()
+    if weights is not None and contexts > 1:
+        processors.append(_MixContexts(weights))
     if exclude is not None:
-        allowed = torch.zeros(rows, model.config.vocab_size, device=batch["input_ids"].device)
+        allowed = torch.zeros(users, model.config.vocab_size, device=batch["input_ids"].device)
         allowed[:, layout.base : layout.base + layout.num_items] = 1.0
         allowed = mask_seen_(allowed, [layout.base + np.asarray(items) for items in exclude])
         processors.append(_ExcludeItems(allowed > 0))
@@ -144,11 +190,13 @@ def generate_top_n(
         return_dict_in_generate=True,
         output_scores=True,
     )
-    items = found.sequences[:, -1].view(rows, beams) - layout.base
+    items = found.sequences[:, -1] - layout.base
     if beams == 1:  # greedy search, which scores no sequences
         values = found.scores[0].float().log_softmax(dim=1).gather(1, found.sequences[:, -1:])
     else:
-        values = found.sequences_scores.view(rows, beams)
+        values = found.sequences_scores
+    # Each context of a user has found the same list.
+    items, values = (found.view(users, contexts, beams)[:, 0] for found in (items, values))
     outside = (items < 0) | (items >= layout.num_items) | ~torch.isfinite(values) | (values < -1e8)
     items, values = items.masked_fill(outside, NOTHING), values.masked_fill(outside, -torch.inf)
     return F.pad(items, (0, n - beams), value=NOTHING), F.pad(values, (0, n - beams), value=-torch.inf)

@@ -75,6 +75,8 @@ FACTS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 """What genrec.json has to say, and as which types."""
 _PROMPT = PromptLayout(base=1, num_items=1, num_user_rows=1, mask_ids=(0,), eos_id=0, pad_id=0).to_dict()
+_LATER: dict[str, Any] = {"last_items_weights": []}
+"""What earlier releases did not write into a prompt."""
 _OF_A_RUN = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision"}
 """Settings of PEFT that a run chooses; `add_lora` leaves the others as they are."""
 _SAID_BY_PEFT = {"inference_mode", "peft_version", "task_type", "auto_mapping"}
@@ -145,6 +147,7 @@ def _wrong_facts(info: dict[str, Any]) -> list[str]:
         problems.append(f"user_mode {mode!r} and user_buckets {buckets!r} do not go together")
     prompt = info.get("prompt")
     if isinstance(prompt, dict):
+        prompt = _LATER | prompt
         if {key: type(value) for key, value in prompt.items()} != {key: type(value) for key, value in _PROMPT.items()}:
             problems.append(f"prompt is {prompt}, expected values such as {_PROMPT}")
         elif prompt["max_history"] < 1 or prompt["decoder_prompt"] not in get_args(DecoderPrompt):
@@ -152,7 +155,15 @@ def _wrong_facts(info: dict[str, Any]) -> list[str]:
                 f"prompt has max_history {prompt['max_history']} and decoder_prompt {prompt['decoder_prompt']!r}, expected "
                 f"at least 1 and one of {', '.join(get_args(DecoderPrompt))}"
             )
+        elif not _are_weights(prompt["last_items_weights"]):
+            problems.append(
+                f"prompt has last_items_weights {prompt['last_items_weights']}, expected numbers above 0 with a sum below 1"
+            )
     return problems
+
+
+def _are_weights(values: list[Any]) -> bool:
+    return all(type(value) is float and value > 0 for value in values) and sum(values) < 1
 
 
 def check_files(folder: Path, info: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from genrec_llm.errors import ConfigError
 from genrec_llm.item_loss import item_loss
 from genrec_llm.kernels import PackedStates
-from genrec_llm.tasks import IGNORED, DecoderPrompt, PromptLayout
+from genrec_llm.tasks import IGNORED, DecoderPrompt, PromptLayout, last_items_weights
 from genrec_llm.vocab import IdVocab
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -515,6 +515,7 @@ def prompt_layout(
     *,
     max_history: int,
     decoder_prompt: DecoderPrompt = "last-item",
+    last_items_share: float = 0.0,
 ) -> PromptLayout:
     """The layout of token ids for a base tokenizer (before `add_id_words`) and a catalogue."""
     masks = mask_ids(tokenizer)
@@ -530,6 +531,7 @@ def prompt_layout(
         user_token=vocab.user_mode != "none",
         decoder_prompt=decoder_prompt,
         max_history=max_history,
+        last_items_weights=last_items_weights(last_items_share),
     )
 
 

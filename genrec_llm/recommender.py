@@ -21,6 +21,7 @@ from genrec_llm.decoding import (
     generate_top_n,
     item_rows,
     mask_seen_,
+    mixed_scores,
     one_step_scores,
     top_items,
     users_at_once,
@@ -42,6 +43,7 @@ from genrec_llm.loading import (
 )
 from genrec_llm.model import Quantization, id_tokens_of
 from genrec_llm.processes import ALONE, Processes
+from genrec_llm.tasks import Batch
 from genrec_llm.vocab import IdVocab
 
 Unknown = Literal["warn", "refuse"]
@@ -61,7 +63,8 @@ class Recommendation:
 
     Attributes:
         item: raw id.
-        score: higher is better, comparable within one list. Of `recommend` the model's logit, of `similar_items` a cosine.
+        score: higher is better, comparable within one list. Of `recommend` the model's logit, or a log-probability where
+            the last items have a share in the ranking; of `similar_items` a cosine.
         text: the item's text columns, such as title and categories; None where the item has none.
     """
 
@@ -336,8 +339,14 @@ class Recommender:
 
     @torch.inference_mode()
     def score_tensor(self, histories: Sequence[IntArray], users: IntArray) -> Tensor:
-        """Scores of all items after each history (item indices), fp32 `[batch, items]`, by the one-step path."""
-        batch = self._batch(histories, users)
+        """Scores of all items after each history (item indices), fp32 `[batch, items]`, by the one-step path.
+
+        They are logits or, where the last items have a share in the ranking, log-probabilities; see `mixed_scores`.
+        """
+        return mixed_scores(self._logits, self.layout, histories, self._served(users))
+
+    def _logits(self, histories: Sequence[IntArray], users: IntArray) -> Tensor:
+        batch = self._on_device(self.layout.encode_histories(histories, users))
         if self._merged:
             return one_step_scores(self.model, batch, self.layout, self._rows)
         return self.model(**batch).logits
@@ -366,12 +375,14 @@ class Recommender:
             users = asked[places]
             histories = [data.histories[user] for user in users]
             seen = [data.seen[user] for user in users] if exclude_seen else None
-            batch = self._batch(histories, data.users[users])
-            items, _ = generate_top_n(self.model, batch, self.layout, k, seen)
-            scores = one_step_scores(self.model, batch, self.layout, self._rows).gather(1, items.clamp(min=0))
+            encoded, weights = self.layout.encode_contexts(histories, self._served(data.users[users]))
+            mixing = torch.from_numpy(weights).to(self.device)
+            items, _ = generate_top_n(self.model, self._on_device(encoded), self.layout, k, seen, weights=mixing)
+            scores = self.score_tensor(histories, data.users[users]).gather(1, items.clamp(min=0))
             return items.cpu().numpy(), scores.masked_fill(items < 0, -torch.inf).cpu().numpy()
 
-        beams = k * self.model.config.vocab_size  # scores of one user, of which `generate` keeps several copies
+        rows = k * (1 + len(self.layout.last_items_weights))
+        beams = rows * self.model.config.vocab_size  # scores of one user, of which `generate` keeps several copies
         batch_size = max(1, min(batch_size, MOST_SCORES_AT_ONCE // (4 * beams)))
         batches = user_batches(data, asked, batch_size)
         at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * beams))
@@ -382,10 +393,12 @@ class Recommender:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _batch(self, histories: Sequence[IntArray], users: IntArray) -> dict[str, Tensor]:
-        known = np.where(users < self.layout.num_user_rows, users, 0)
-        batch = as_tensors(self.layout.encode_histories(histories, known))
-        return {name: values.to(self.device) for name, values in batch.items()}
+    def _served(self, users: IntArray) -> IntArray:
+        """The rows that these users have in this model."""
+        return np.where(users < self.layout.num_user_rows, users, 0)
+
+    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: values.to(self.device) for name, values in as_tensors(batch).items()}
 
     def _batches(self, histories: Sequence[IntArray]) -> Iterator[IntArray]:
         """Places of histories that are scored together: of like length, no more than memory is meant for."""

@@ -53,7 +53,10 @@ MODEL_SHAPE = (
 """Model arguments that two runs in one directory may never differ in."""
 COURSE = {
     "data": ("max_history",),
-    "model": ("lora_target_modules", "lora_dropout", "dropout", "row_init", "item_vectors", "backbone_revision"),
+    "model": (
+        "lora_target_modules", "lora_dropout", "dropout", "row_init", "item_vectors", "backbone_revision",
+        "last_items_share",
+    ),
     "training": (
         "seed", "global_batch_size", "masks_per_sequence", "last_item_probability", "targets", "user_dropout",
         "learning_rate", "rows_learning_rate", "rows_weight_decay", "weight_decay", "warmup_steps", "lr_scheduler_type",

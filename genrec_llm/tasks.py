@@ -7,7 +7,7 @@ read at its last position. Masked-item examples (pretraining) hide items inside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from genrec_llm.vocab import IdVocab
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 Batch = dict[str, IntArray]
 DecoderPrompt = Literal["last-item", "mask"]
 IGNORED = -100
 """Label of a place that has no target; torch's cross-entropy leaves it out."""
+LAST_ITEMS = 4
+"""Items of a history that are also asked about alone, where they have a share in the ranking."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ def uniform(seed: int, epoch: int, example: IntArray, draw: int | IntArray) -> n
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def last_items_weights(share: float) -> tuple[float, ...]:
+    """What the last item alone, the one before it, … weigh in a ranking, `share` together, each half of the one after it."""
+    halves = [2.0**-place for place in range(LAST_ITEMS)]
+    return tuple(share * half / sum(halves) for half in halves) if share else ()
+
+
 @dataclass(frozen=True)
 class PromptLayout:
     """Everything that training, ranking and an exported model must agree on to turn a history into token ids.
@@ -97,6 +106,8 @@ class PromptLayout:
         decoder_prompt: "last-item" puts the left neighbour of the mask behind the mask token; "mask" is the bare mask
             token of the paper's figure, for the ablation.
         max_history: most recent items of a history that are read.
+        last_items_weights: what the distributions after the last item alone, the one before it alone, … weigh in a
+            ranking, that after the whole history having the rest; empty where items are ranked by that one alone.
     """
 
     base: int
@@ -108,6 +119,7 @@ class PromptLayout:
     user_token: bool = True
     decoder_prompt: DecoderPrompt = "last-item"
     max_history: int = 50
+    last_items_weights: tuple[float, ...] = ()
 
     @property
     def first_user_id(self) -> int:
@@ -121,12 +133,13 @@ class PromptLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """As written to genrec.json."""
-        return {**asdict(self), "mask_ids": list(self.mask_ids)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PromptLayout:
         """From genrec.json."""
-        return cls(**{**values, "mask_ids": tuple(values["mask_ids"])})
+        lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))
 
     def without_users(self) -> PromptLayout:
         """The same prompt with `<user_unknown>` as the only user row."""
@@ -217,6 +230,27 @@ class PromptLayout:
         for row, history in enumerate(recent):
             items[row, : len(history)] = history
         return self.encode(items, lengths, np.asarray(users, dtype=np.int64))
+
+    def contexts(self, histories: Sequence[IntArray]) -> Iterator[tuple[list[IntArray], FloatArray]]:
+        """What the items after each history are ranked from: the histories, then their last items alone, the last first.
+
+        Yields:
+            Histories to ask the model with, and the weights of its answers `[batch]`: they add up to one over all
+            contexts, and are zero where a history has no such item.
+        """
+        lengths = np.array([min(len(history), self.max_history) for history in histories])
+        places = np.arange(1, len(self.last_items_weights) + 1)
+        weights = np.where(places[:, None] <= lengths, np.array(self.last_items_weights)[:, None], 0.0)
+        weights *= sum(self.last_items_weights) / np.maximum(weights.sum(axis=0), np.finfo(float).tiny)
+        yield list(histories), 1 - weights.sum(axis=0)
+        for place, weight in zip(places, weights, strict=True):
+            yield [history[-place:][:1] if len(history) >= place else history for history in histories], weight
+
+    def encode_contexts(self, histories: Sequence[IntArray], users: IntArray) -> tuple[Batch, FloatArray]:
+        """As `encode_histories` of all `contexts`, those of a history together, and their weights `[batch, contexts]`."""
+        asked, weights = zip(*self.contexts(histories), strict=True)
+        flat = [context for contexts in zip(*asked, strict=True) for context in contexts]
+        return self.encode_histories(flat, np.repeat(users, len(asked))), np.stack(weights, axis=1)
 
 
 class Task(Protocol):

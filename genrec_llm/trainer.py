@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from genrec_llm.checkpoints import (
     remove_later,
     write_manifest,
 )
-from genrec_llm.decoding import mask_seen_, rank_targets, users_at_once
+from genrec_llm.decoding import mask_seen_, mixed_scores, rank_targets, users_at_once
 from genrec_llm.errors import ConfigError, ExportError, listed
 from genrec_llm.evaluation import EvalData, user_batches
 from genrec_llm.files import writing
@@ -274,12 +274,15 @@ class GenRecTrainer(Seq2SeqTrainer):
         most = users_at_once(data.num_items, self.args.per_device_eval_batch_size)
         batches = user_batches(data, np.arange(len(data.targets)), most)
         counts = torch.zeros(2, len(data.targets), dtype=torch.long)
+
+        def score(histories: Sequence[IntArray], users: IntArray) -> Tensor:
+            return model(**self._prepare_inputs(as_tensors(self.layout.encode_histories(histories, users)))).logits
+
         for first in range(0, len(batches), world):
             # Under ZeRO-3 every process takes part in every forward: those without a batch left repeat one, uncounted.
             users = batches[(first + me) % len(batches)]
-            batch = self.layout.encode_histories([data.histories[user] for user in users], data.users[users])
             with torch.no_grad():
-                scores = model(**self._prepare_inputs(as_tensors(batch))).logits
+                scores = mixed_scores(score, self.layout, [data.histories[user] for user in users], data.users[users])
             if exclude_seen:
                 mask_seen_(scores, [data.seen[user] for user in users])
             better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))

@@ -148,12 +148,16 @@ def test_unknown_flags_are_refused_all_at_once_each_with_the_nearest_name(tmp_pa
 def test_all_faults_of_a_group_are_told_at_once(tmp_path: Path) -> None:
     found = problems(tmp_path, "dataset: x\nusers: hashed\nmax_history: 0\n")
     assert [problem.split(":")[0] for problem in found] == ["user_buckets", "max_history"]
-    found = problems(tmp_path, "dataset: x\ntuning: some\nrow_init: best\nbackbone_init: none\ndecoder_prompt: last\n")
+    found = problems(
+        tmp_path,
+        "dataset: x\ntuning: some\nrow_init: best\nbackbone_init: none\ndecoder_prompt: last\nlast_items_share: 1\n",
+    )
     assert [problem.split(":")[0] for problem in found] == [
         "backbone_init",
         "tuning",
         "row_init",
         "decoder_prompt",
+        "last_items_share",
     ]
     assert "is not one of lora, full" in found[1]
 

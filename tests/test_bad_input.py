@@ -327,7 +327,7 @@ def test_going_on_from_a_checkpoint_with_other_settings(run: Path, home: Path, r
         "max_history": 7, "lora_target_modules": "q", "lora_dropout": 0.2, "dropout": 0.3, "row_init": "random",
         "item_vectors": "vectors.parquet", "backbone_revision": "other", "seed": 5, "global_batch_size": 8,
         "masks_per_sequence": 2, "last_item_probability": 0.5, "targets": "last", "user_dropout": 0.3, "learning_rate": 0.5,
-        "rows_learning_rate": 0.5, "rows_weight_decay": 0.5, "weight_decay": 0.5, "warmup_steps": 3,
+        "rows_learning_rate": 0.5, "rows_weight_decay": 0.5, "weight_decay": 0.5, "warmup_steps": 3, "last_items_share": 0.5,
         "lr_scheduler_type": "constant", "num_train_epochs": 7, "max_steps": 9, "bf16": True, "optim": "sgd",
     }  # fmt: skip
     more = [word for name, value in changed.items() for word in (f"--{name}", value)]

@@ -34,6 +34,8 @@ VARIANTS = {
     "bart": ("bart",),
     "bare-mask": ("t5-tied", "--decoder-prompt", "mask"),
     "no-users": ("t5-untied", "--users", "none"),
+    "mixed": ("t5-untied", "--users", "none", "--last-items-share", "0.5"),
+    "mixed-bart": ("bart", "--decoder-prompt", "mask", "--last-items-share", "0.3"),
     "two-tables": ("bart", "--tie-item-rows", "false", "--users", "none", "--decoder-prompt", "mask"),
 }
 """Name of a run → its backbone and what it is trained with beyond the defaults."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from genrec_llm.decoding import (
     NOTHING,
     generate_top_n,
     mask_seen_,
+    mixed_scores,
     one_step_scores,
     rank_targets,
     top_items,
@@ -234,6 +236,45 @@ def test_excluded_items_never_come_back_and_the_rest_keeps_its_order(merged: Mer
         real = [item for item in row if item != NOTHING]
         assert len(set(real)) == len(real) == min(n, ITEMS - len(set(seen.tolist())))
         assert not set(real) & set(seen.tolist())
+
+
+def mixing_scores(model: Any, layout: PromptLayout) -> Tensor:
+    def score(histories: Sequence[np.ndarray], users: np.ndarray) -> Tensor:
+        return one_step_scores(model, as_tensors(layout.encode_histories(histories, users)), layout)
+
+    return mixed_scores(score, layout, *histories(layout))
+
+
+def test_mixed_scores_are_the_mean_of_what_the_model_says_of_history_and_last_items(merged: Merged) -> None:
+    layout, model = replace(merged.layout, last_items_weights=(1 / 3, 1 / 6)), merged.loaded.model
+    found = mixing_scores(model, layout)
+    for history, user, likely in zip(*histories(layout), found.exp(), strict=True):
+        asked = [(history, 0.5 if len(history) else 1.0)]
+        if len(history):
+            asked += [(history[-1:], 1 / 3 if len(history) > 1 else 0.5)]
+        if len(history) > 1:
+            asked += [(history[-2:-1], 1 / 6)]
+        expected = torch.zeros(ITEMS)
+        for context, weight in asked:
+            batch = as_tensors(layout.encode_histories([context], np.array([user])))
+            expected += weight * one_step_scores(model, batch, layout)[0].softmax(dim=0)
+        torch.testing.assert_close(likely, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(top_items(found, 5)[0], top_items(mixing_scores(model, merged.layout), 5)[0])
+
+
+@pytest.mark.parametrize("n", [1, 5, ITEMS, ITEMS + 3])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_generate_gives_the_list_of_the_mixture(merged: Merged, n: int, excluded: bool) -> None:
+    layout, model = replace(merged.layout, last_items_weights=(0.25, 0.125, 0.0625)), merged.loaded.model
+    scores = mixing_scores(model, layout)
+    assert_distinct(scores)
+    exclude = histories(layout)[0] if excluded else None
+    batch, weights = layout.encode_contexts(*histories(layout))
+    items, values = generate_top_n(model, as_tensors(batch), layout, n, exclude, weights=torch.from_numpy(weights))
+    expected, likely = top_items(scores if exclude is None else mask_seen_(scores, exclude), n)
+    assert torch.equal(items, expected)
+    if n > 1 or not excluded:  # greedy search knows the probability among the items that are left
+        torch.testing.assert_close(values, likely, **ROUNDING)
 
 
 def test_a_bare_generate_gives_the_list_too(merged: Merged) -> None:

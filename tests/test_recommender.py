@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("full", "t5-tied", ("--tuning", "full")),
         ("hashed", "t5-untied", ("--users", "hashed", "--user-buckets", "5")),
         ("no-users", "t5-untied", ("--users", "none")),
+        ("mixed", "t5-tied", ("--last-items-share", "0.5")),
     ):
         base = tiny.save_backbone(kind, home / kind)
         made[name] = train(base, home, home / "runs" / name, "--max-history", MAX_HISTORY, *arguments)
@@ -59,7 +61,7 @@ def recommender(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Recomm
     return Recommender.from_pretrained(runs["t5-untied"] / request.param)
 
 
-@pytest.mark.parametrize("name", [*tiny.KINDS, "full"])
+@pytest.mark.parametrize("name", [*tiny.KINDS, "full", "mixed"])
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_the_adapter_and_the_merged_model_give_the_same_list(
@@ -148,7 +150,20 @@ def test_scores_do_not_depend_on_who_else_is_asked_about(recommender: Recommende
     np.testing.assert_allclose(together, np.stack(alone), **ROUNDING)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_last_items_that_have_a_share_change_the_list_as_the_layout_says(runs: dict[str, Path]) -> None:
+    mixed = Recommender.from_pretrained(runs["mixed"] / "merged")
+    assert sum(mixed.layout.last_items_weights) == pytest.approx(0.5) and len(mixed.layout.last_items_weights) == 4
+    mixed.layout, plain = replace(mixed.layout, last_items_weights=()), mixed.layout
+    history = np.array([3, 4, 5])
+    contexts = [history, history[2:], history[1:2], history[:1]]
+    likely = mixed.score_tensor(contexts, np.zeros(4, dtype=np.int64)).softmax(dim=1)
+    mixed.layout = plain
+    scores = mixed.score_tensor([history], np.array([0]))[0]
+    expected = (torch.tensor([0.5, 4 / 14, 2 / 14, 1 / 14])[:, None] * likely).sum(dim=0).log()
+    torch.testing.assert_close(scores, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "mixed"])
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_generated_lists_are_the_one_step_lists(runs: dict[str, Path], kind: str, exclude_seen: bool) -> None:
     recommender = Recommender.from_pretrained(runs[kind] / "merged")

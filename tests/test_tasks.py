@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError
 from genrec_llm.model import prompt_layout
-from genrec_llm.tasks import IGNORED, Batch, MaskedItem, NextItem, PromptLayout, Sequences, Task, uniform
+from genrec_llm.tasks import (
+    IGNORED,
+    LAST_ITEMS,
+    Batch,
+    MaskedItem,
+    NextItem,
+    PromptLayout,
+    Sequences,
+    Task,
+    last_items_weights,
+    uniform,
+)
 from genrec_llm.vocab import IdVocab
 
 PAD, EOS = 0, 1
@@ -165,9 +177,61 @@ def test_the_mask_tokens_are_looked_up_not_computed(shared_data: Path) -> None:
 
 
 def test_a_layout_survives_json() -> None:
-    original = layout(decoder_prompt="mask", user_token=False)
+    more: dict[str, object] = {"decoder_prompt": "mask", "user_token": False, "last_items_weights": (0.4, 0.2)}
+    original = layout(**more)
     assert PromptLayout.from_dict(json.loads(json.dumps(original.to_dict()))) == original
-    assert original.without_users() == layout(decoder_prompt="mask", user_token=False, num_user_rows=1)
+    assert original.without_users() == layout(**more, num_user_rows=1)
+    earlier = {name: value for name, value in layout().to_dict().items() if name != "last_items_weights"}
+    assert PromptLayout.from_dict(earlier) == layout()
+
+
+def test_the_contexts_of_a_ranking_are_the_history_and_its_last_items() -> None:
+    mixing = layout(max_history=3, last_items_weights=(0.25, 0.125, 0.0625, 0.0625))
+    histories = [np.array([5, 6, 7, 8]), np.array([3, 4]), np.array([9]), np.array([], dtype=int)]
+    asked, weights = zip(*mixing.contexts(histories), strict=True)
+    assert [[context.tolist() for context in of] for of in zip(*asked, strict=True)] == [
+        [[5, 6, 7, 8], [8], [7], [6], [5]],
+        [[3, 4], [4], [3], [3, 4], [3, 4]],
+        [[9], [9], [9], [9], [9]],
+        [[], [], [], [], []],
+    ]
+    # What is not there, or too long ago to be read, weighs nothing, and the others share what it had.
+    np.testing.assert_allclose(
+        np.stack(weights, axis=1),
+        [
+            [0.5, 2 / 7, 1 / 7, 1 / 14, 0],
+            [0.5, 1 / 3, 1 / 6, 0, 0],
+            [0.5, 0.5, 0, 0, 0],
+            [1, 0, 0, 0, 0],
+        ],
+    )
+
+
+def test_a_layout_without_last_items_asks_with_the_histories_alone() -> None:
+    histories, users = [np.array([5, 6]), np.array([], dtype=int)], np.array([1, 2])
+    batch, weights = layout().encode_contexts(histories, users)
+    assert weights.tolist() == [[1.0], [1.0]]
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        name: values.tolist() for name, values in layout().encode_histories(histories, users).items()
+    }
+
+
+def test_the_contexts_of_one_user_stand_together() -> None:
+    mixing = layout(last_items_weights=(0.25, 0.125))
+    batch, weights = mixing.encode_contexts([np.array([5, 6]), np.array([7])], np.array([1, 2]))
+    tokens = [row[row != PAD].tolist() for row in batch["input_ids"]]
+    assert tokens == [
+        [USER + 1, ITEM + 5, ITEM + 6, 99, EOS], [USER + 1, ITEM + 6, 99, EOS], [USER + 1, ITEM + 5, 99, EOS],
+        *[[USER + 2, ITEM + 7, 99, EOS]] * 3,
+    ]  # fmt: skip
+    assert weights.shape == (2, 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_each_last_item_weighs_half_of_the_one_after_it(share: float) -> None:
+    weights = last_items_weights(share)
+    assert sum(weights) == pytest.approx(share) and len(weights) == (LAST_ITEMS if share else 0)
+    assert [early / late for late, early in pairwise(weights)] == pytest.approx([0.5] * max(0, len(weights) - 1))
 
 
 # --- sequences and leakage ---------------------------------------------------------------------

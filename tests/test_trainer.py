@@ -299,11 +299,13 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another(trainer) 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("batch_size", [8, 256])
-@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize(("exclude_seen", "share"), [(True, 0.0), (False, 0.0), (True, 0.5)])
 def test_validation_ranks_are_those_of_the_evaluator(
-    trainer, data: Data, kind: str, batch_size: int, exclude_seen: bool
+    trainer, data: Data, kind: str, batch_size: int, exclude_seen: bool, share: float
 ) -> None:
-    built = trainer(kind, per_device_eval_batch_size=batch_size, model={"lora_dropout": 0.5, "dropout": 0.5})
+    model = {"lora_dropout": 0.5, "dropout": 0.5, "last_items_share": share}
+    built = trainer(kind, per_device_eval_batch_size=batch_size, model=model)
+    assert sum(built.layout.last_items_weights) == pytest.approx(share)
     held_out = data.held_out("validation")
     assert len(held_out.targets) == USERS
     for trained in (False, True):

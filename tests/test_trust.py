@@ -21,6 +21,7 @@ from tiny import contents, recipe, train
 
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.files import describe_files, read_json, write_json
+from genrec_llm.loading import open_directory
 from genrec_llm.model import load_backbone
 from genrec_llm.recommender import Recommender
 
@@ -204,7 +205,7 @@ WRONG: list[tuple[str, Any]] = [
         "kind", "base_model", "base_model.name", "base_model.type", "data", "data.name", "data.fingerprint",
         "data.vocabulary", "prompt", "user_mode", "user_buckets", "id_seed", "files", "prompt.base", "prompt.num_items",
         "prompt.num_user_rows", "prompt.mask_ids", "prompt.eos_id", "prompt.pad_id", "prompt.user_token",
-        "prompt.decoder_prompt", "prompt.max_history",
+        "prompt.decoder_prompt", "prompt.max_history", "prompt.last_items_weights",
     )
     for value in (None, 1.5, ["x"], {"x": 1}, -1, "x", True)
     # What is of the right type there, and is no lie that a directory could give away.
@@ -228,6 +229,21 @@ def test_facts_of_another_type_or_that_cannot_be_are_refused_in_words(
 
     edit_info(folder, change)
     assert problems_of(folder)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.5, 0.0], [0.5, -0.1], [float("nan")], [1]], ids=str)
+def test_weights_of_last_items_that_leave_nothing_to_the_history_are_refused(
+    home: Path, tmp_path: Path, weights: list[float]
+) -> None:
+    folder = copy_of(home, "adapter", tmp_path)
+    edit_info(folder, lambda info: info["prompt"].update(last_items_weights=weights))
+    assert "expected numbers above 0 with a sum below 1" in problems_of(folder)[0]
+
+
+def test_a_model_of_an_earlier_release_is_read(home: Path, tmp_path: Path) -> None:
+    folder = copy_of(home, "adapter", tmp_path)
+    edit_info(folder, lambda info: info["prompt"].pop("last_items_weights"))
+    assert open_directory(folder, "adapter")[3].last_items_weights == ()
 
 
 def test_all_wrong_facts_are_told_at_once(home: Path, tmp_path: Path) -> None:

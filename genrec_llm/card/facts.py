@@ -31,7 +31,7 @@ _SETTINGS = {
     "data": ("users",),
     "model": (
         "backbone_init", "tuning", "quantization", "lora_r", "lora_alpha", "lora_dropout", "dropout", "tie_item_rows",
-        "decoder_prompt",
+        "decoder_prompt", "last_items_share",
     ),
     "training": (
         "seed", "learning_rate", "rows_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",

@@ -7,6 +7,7 @@ from typing import Any
 
 from genrec_llm.card.facts import Facts
 from genrec_llm.card.words import commit_words, table, text
+from genrec_llm.tasks import LAST_ITEMS
 
 _QUANTIZED = {
     None: "",
@@ -77,6 +78,7 @@ def _stage_rows(stage: Mapping[str, Any], *, first: bool) -> dict[str, str]:
         "first item rows": _ROW_INITS[stage["row_init"]] if first else "as the stage before left them",
         "item rows in and out": "one table and a learned scale" if settings["tie_item_rows"] else "two tables",
         "decoder prompt": "mask and last item" if settings["decoder_prompt"] == "last-item" else "mask",
+        "ranking": _ranking(settings.get("last_items_share") or 0.0),
         "steps": f"{stage['steps']:,}, {stage['epochs']:g} epochs; {_asked_for(settings)}",
         "global batch": f"{launch.get('global_batch_size', 'not recorded')} examples",
         "learning rate": f"{rate:g}; rows {rate if rows_rate is None else rows_rate:g}; {settings['lr_scheduler_type']}, "
@@ -96,6 +98,10 @@ def _stage_rows(stage: Mapping[str, Any], *, first: bool) -> dict[str, str]:
         "genrec_llm commit": commit_words(stage),
     }
     return {name: text(str(value)) for name, value in values.items()}
+
+
+def _ranking(share: float) -> str:
+    return f"history {1 - share:g}, its last {LAST_ITEMS} items alone {share:g}" if share else "history"
 
 
 def _asked_for(settings: Mapping[str, Any]) -> str:

@@ -38,15 +38,38 @@ def _beams(facts: Facts) -> int:
 
 
 def _token_lines(facts: Facts, history: Sequence[int]) -> list[str]:
+    """Lines that make tokens of a history and, where the items are ranked by its answer alone, the question."""
     layout = facts.layout
+    asked = [] if layout.last_items_weights else _question(facts, "history")
     return [
         f"first, mask, end = {layout.base}, {layout.mask_ids[0]}, {layout.eos_id}  # tokens: item 0, mask, end of input",
         f"user = [{layout.first_user_id}]  # any user: <user_unknown>" if layout.user_token else "user = []",
         f"history = {list(history)}  # column `index` of items.parquet, oldest first"
         + (", at least one" if layout.decoder_prompt == "last-item" else ""),
         f"history = [first + item for item in history[-{layout.max_history}:]]",
-        "ids = torch.tensor([[*user, *history, mask, end]])",
-        f"prompt = torch.tensor([[{'mask, history[-1]' if layout.decoder_prompt == 'last-item' else 'mask'}]])",
+        *asked,
+    ]
+
+
+def _question(facts: Facts, items: str) -> list[str]:
+    """Lines that make the model's two inputs of the tokens in the variable `items`."""
+    prompt = f"mask, {items}[-1]" if facts.layout.decoder_prompt == "last-item" else "mask"
+    return [f"ids = torch.tensor([[*user, *{items}, mask, end]])", f"prompt = torch.tensor([[{prompt}]])"]
+
+
+def _mixture_lines(facts: Facts, scores: Sequence[str]) -> list[str]:
+    """Lines that rank by the answers to the history and to its last items alone; `scores` make those of one question."""
+    weights = facts.layout.last_items_weights
+    share = sum(weights)
+    return [
+        f"weights = {list(weights)}[:len(history)]  # of the last item alone, the one before it, …",
+        f"alone = [({share!r} * weight / sum(weights), [item]) for weight, item in zip(weights, reversed(history))]",
+        "likely = 0  # of each item, the next one",
+        "with torch.no_grad():",
+        f"    for weight, items in [({1 - share!r}, history), *alone]:",
+        *(f"        {line}" for line in [*_question(facts, "items"), *scores]),
+        "        likely = likely + weight * scores.softmax(-1)",
+        f"best = likely.topk({_beams(facts)}).indices.tolist()",
     ]
 
 
@@ -54,6 +77,14 @@ def _use_without_genrec(facts: Facts, history: Sequence[int]) -> list[str]:
     hub = ["from huggingface_hub import hf_hub_download"] if facts.repo_id else []
     revision = f", revision={literal(facts.revision)}" if facts.revision else ""
     base = f"{literal(facts.base)}{revision}, dtype=torch.float32"
+    scores = [
+        "out = model(inputs_embeds=table[ids], decoder_inputs_embeds=table[prompt], output_hidden_states=True)",
+        'scores = out.decoder_hidden_states[-1][0, -1] @ rows["item_out"].T',
+    ]
+    if facts.layout.last_items_weights:
+        ranked = _mixture_lines(facts, scores)
+    else:
+        ranked = [*(f"    {line}" for line in scores), f"best = scores.topk({_beams(facts)}).indices.tolist()"]
     return [
         "### Without genrec_llm",
         "",
@@ -74,9 +105,7 @@ def _use_without_genrec(facts: Facts, history: Sequence[int]) -> list[str]:
         "with torch.no_grad():",
         "    words = base.get_input_embeddings()(torch.arange(first))",
         '    table = torch.cat([words, rows["item_in"], rows["user_in"]])',
-        "    out = model(inputs_embeds=table[ids], decoder_inputs_embeds=table[prompt], output_hidden_states=True)",
-        '    scores = out.decoder_hidden_states[-1][0, -1] @ rows["item_out"].T',
-        f"best = scores.topk({_beams(facts)}).indices.tolist()",
+        *ranked,
         "print(best)  # column `index` of items.parquet, best first",
         "```",
         "",
@@ -101,10 +130,25 @@ def _merge_block(facts: Facts) -> list[str]:
 
 def _use_merged(facts: Facts, history: Sequence[int]) -> list[str]:
     beams = _beams(facts)
+    if facts.layout.last_items_weights:
+        how = "items are ranked by what the model answers to the history and to its last items alone"
+        ranked = _mixture_lines(
+            facts,
+            [
+                "logits = model(ids, decoder_input_ids=prompt).logits",
+                f"scores = logits[0, -1, first : first + {facts.layout.num_items}]",
+            ],
+        )
+    else:
+        how = "beam search over one token gives the top of the ranking"
+        ranked = [
+            f"top = model.generate(ids, decoder_input_ids=prompt, num_beams={beams}, num_return_sequences={beams})",
+            "best = (top[:, -1] - first).tolist()",
+        ]
     return [
         "### Without genrec_llm",
         "",
-        "With torch and transformers alone; beam search over one token gives the top of the ranking:",
+        f"With torch and transformers alone; {how}:",
         "",
         "```python",
         "import torch",
@@ -112,8 +156,7 @@ def _use_merged(facts: Facts, history: Sequence[int]) -> list[str]:
         "",
         f"model = AutoModelForSeq2SeqLM.from_pretrained({facts.place}, dtype=torch.float32).eval()",
         *_token_lines(facts, history),
-        f"top = model.generate(ids, decoder_input_ids=prompt, num_beams={beams}, num_return_sequences={beams})",
-        "best = (top[:, -1] - first).tolist()",
+        *ranked,
         "print(best)  # column `index` of items.parquet, best first",
         "```",
         "",
