@@ -44,8 +44,9 @@ def rank_targets(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     orders, counts against the model in the same way.
     """
     of_target = scores.gather(1, targets[:, None])
-    better = scores.shape[1] - (scores <= of_target).sum(dim=1)
-    tied = (scores == of_target).sum(dim=1) - 1
+    # Sums of bool are ten times as fast in 32 bits as in 64, on a CPU.
+    better = scores.shape[1] - (scores <= of_target).sum(dim=1, dtype=torch.int32).long()
+    tied = (scores == of_target).sum(dim=1, dtype=torch.int32).long() - 1
     unhittable = ~(of_target[:, 0] > -torch.inf)
     return better.masked_fill(unhittable, scores.shape[1]), tied.masked_fill(unhittable, 0)
 
