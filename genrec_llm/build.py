@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,16 @@ def inherit(built: Built, data: Data, training: GenRecTrainingArguments) -> None
         ConfigError: that run used another backbone, data, ids, prompt or adapters, or is not finished; all at once.
     """
     folder = trained_directory(Path(training.from_run or ""))
-    info, *_ = open_directory(folder, ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
+    info, _, _, there = open_directory(folder, ADAPTER if isinstance(built.model, PeftModel) else TRAINED)
     problems = []
     for key in ("fingerprint", "vocabulary"):
         if info["data"][key] != getattr(data, key):
             problems.append(
                 f"{folder}: was trained on {info['data']['name']} with another {key}; now the data is {data.name}"
             )
-    theirs, ours = info["prompt"], built.layout.to_dict()
+    # How items are ranked is no matter of what was trained.
+    theirs = replace(there, last_items_weights=built.layout.last_items_weights).to_dict()
+    ours = built.layout.to_dict()
     problems += [
         f"{folder}: its prompt has {key} {theirs[key]}, this run's {ours[key]}"
         for key in ours

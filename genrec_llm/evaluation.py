@@ -40,6 +40,10 @@ CUTOFFS = (1, 5, 10, 20)
 LIST_CUTOFF = 10  # coverage and novelty look at this many items of a list
 WITHOUT_USERS = ", users unknown"
 """Ends the name of the report on a model that is asked as if it knew no user."""
+HISTORY_ALONE = ", history alone"
+"""Ends that of one whose last items have a share in its ranking, where they have none."""
+LAST_ITEMS_TOO = ", last items too"
+"""Ends that of a rival where they have one."""
 MOST_SCORES_AT_ONCE = 2**29
 """Scores in memory, 2 GiB in fp32, up to which several batches are ranked at once on a CPU."""
 HEADLINE = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "MRR")

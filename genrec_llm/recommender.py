@@ -27,7 +27,7 @@ from genrec_llm.decoding import (
     users_at_once,
 )
 from genrec_llm.errors import ConfigError, DataError, counted, listed
-from genrec_llm.evaluation import MOST_SCORES_AT_ONCE, WITHOUT_USERS, EvalData, user_batches
+from genrec_llm.evaluation import HISTORY_ALONE, MOST_SCORES_AT_ONCE, WITHOUT_USERS, EvalData, user_batches
 from genrec_llm.hub import local_directory
 from genrec_llm.kernels import quicken
 from genrec_llm.loading import (
@@ -343,10 +343,12 @@ class Recommender:
 
         They are logits or, where the last items have a share in the ranking, log-probabilities; see `mixed_scores`.
         """
-        return mixed_scores(self._logits, self.layout, histories, self._served(users))
+        return mixed_scores(self.logits, self.layout, histories, users)
 
-    def _logits(self, histories: Sequence[IntArray], users: IntArray) -> Tensor:
-        batch = self._on_device(self.layout.encode_histories(histories, users))
+    @torch.inference_mode()
+    def logits(self, histories: Sequence[IntArray], users: IntArray) -> Tensor:
+        """What the model says of all items after each whole history, fp32 `[batch, items]`."""
+        batch = self._on_device(self.layout.encode_histories(histories, self._served(users)))
         if self._merged:
             return one_step_scores(self.model, batch, self.layout, self._rows)
         return self.model(**batch).logits
@@ -482,6 +484,22 @@ class WithoutUsers:
     def scores(self, histories: Sequence[IntArray], users: IntArray) -> npt.NDArray[np.float32]:
         """As `Recommender.scores`, for row 0 alone."""
         return self.recommender.scores(histories, np.zeros_like(users))
+
+
+@dataclass(frozen=True)
+class HistoryAlone:
+    """A recommender that ranks by the whole history, whatever share the last items have."""
+
+    recommender: Recommender
+
+    @property
+    def name(self) -> str:
+        """In reports."""
+        return f"{self.recommender.name}{HISTORY_ALONE}"
+
+    def scores(self, histories: Sequence[IntArray], users: IntArray) -> npt.NDArray[np.float32]:
+        """As `Recommender.scores`."""
+        return self.recommender.logits(histories, users).cpu().numpy()
 
 
 def _ids(argument: str, values: Iterable[str]) -> list[str]:

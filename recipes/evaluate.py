@@ -17,7 +17,7 @@ import numpy as np
 
 from genrec_llm.args import EvaluateArguments, parse_args
 from genrec_llm.baselines import Popularity, RecentRepeat
-from genrec_llm.baselines.neural import user_order
+from genrec_llm.baselines.neural import LastItemsToo, user_order
 from genrec_llm.card.facts import describe_measured
 from genrec_llm.card.page import refresh_cards
 from genrec_llm.errors import exits_cleanly
@@ -33,7 +33,7 @@ from genrec_llm.loading import MERGED
 from genrec_llm.plots import can_draw, draw_run
 from genrec_llm.processes import launched
 from genrec_llm.provenance import provenance
-from genrec_llm.recommender import Recommender, WithoutUsers
+from genrec_llm.recommender import HistoryAlone, Recommender, WithoutUsers
 from genrec_llm.runs import check_merged, load_run_data, open_rivals
 
 
@@ -68,6 +68,9 @@ def main() -> None:
             rivals.append(RecentRepeat(data.vocab.num_items))
         if recommender.layout.user_token:
             rivals.append(WithoutUsers(recommender))
+        if recommender.layout.last_items_weights:
+            rivals.append(HistoryAlone(recommender))
+            trained += [LastItemsToo(rival, recommender.layout) for rival in trained]
         ranked |= {rival.name: rank_recommender(rival, held_out, **how) for rival in rivals}
     in_order = replace(held_out, users=user_order(len(held_out.users)))
     ranked |= {rival.name: rank_recommender(rival, in_order, **how) for rival in trained}

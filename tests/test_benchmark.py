@@ -15,6 +15,8 @@ from genrec_llm.files import read_json
 @pytest.mark.slow
 def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     configs = tiny.save_stages(tmp_path)
+    with (configs / "finetune.yaml").open("a") as file:
+        file.write("last_items_share: 0.5\n")
     quality = tmp_path / "quality.json"
     command = [
         sys.executable, "tools/benchmark.py", "--model", "genrec-tiny", "--configs", str(configs),
@@ -23,10 +25,13 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     ]  # fmt: skip
     tiny.run(command)
     rows = read_json(quality)
+    trained = ["genrec-tiny", "genrec-tiny, history alone", "hgn", "hgn, last items too"]
     assert {(row["model"], row["seed"], row["split"]) for row in rows} == {
-        ("genrec-tiny", 0, "test"), ("genrec-tiny", 1, "test"), ("hgn", 0, "test"), ("hgn", 1, "test"),
+        *((name, seed, "test") for name in trained for seed in (0, 1)),
         ("popularity", None, "test"), ("item-kNN", None, "test"),
     }  # fmt: skip
+    too = next(row for row in rows if row["model"] == "hgn, last items too" and row["seed"] == 1)
+    assert "--rivals hgn --split" in too["command"] and too["seconds"] > 0
     ours = next(row for row in rows if row["model"] == "genrec-tiny" and row["seed"] == 1)
     assert "--seeds 1 --split test" in ours["command"] and ours["seconds"] > 0
     pairs = read_json(tmp_path / "quality_pairs.json")
@@ -34,7 +39,7 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
 
     tiny.run([*command, "--keep-seen"])
     kept = [row for row in read_json(quality) if row["protocol"] == "seen kept"]
-    assert {row["model"] for row in kept} == {"genrec-tiny", "hgn", "popularity", "item-kNN", "recent repeat"}
+    assert {row["model"] for row in kept} == {*trained, "popularity", "item-kNN", "recent repeat"}
     for seed in (0, 1):  # each protocol opened the test split once, and the first command again does not
         opened = tmp_path / "out" / f"seed-{seed}" / "finetune" / "test_openings.jsonl"
         assert len(opened.read_text().splitlines()) == 2

@@ -34,7 +34,7 @@ VARIANTS = {
     "bart": ("bart",),
     "bare-mask": ("t5-tied", "--decoder-prompt", "mask"),
     "no-users": ("t5-untied", "--users", "none"),
-    "mixed": ("t5-untied", "--users", "none", "--last-items-share", "0.5"),
+    "mixed": ("t5-tied", "--last-items-share", "0.5"),
     "mixed-bart": ("bart", "--decoder-prompt", "mask", "--last-items-share", "0.3"),
     "two-tables": ("bart", "--tie-item-rows", "false", "--users", "none", "--decoder-prompt", "mask"),
 }
@@ -77,11 +77,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(home: Path) -> dict[str, Path]:
-    """Finished and merged runs, one a variant; that of tied T5 went on from a pretraining; none is evaluated."""
+    """Finished and merged runs, one a variant; two went on from a pretraining; none is evaluated."""
     before = train(home / "t5-tied", home, home / "pretrain", "--seed", 3, "--masks-per-sequence", 2, stage="pretrain")
     made = {}
     for name, (kind, *arguments) in VARIANTS.items():
-        given = [*arguments, *(["--from-run", before] if name == "t5-tied" else [])]
+        given = [*arguments, *(["--from-run", before] if name in ("t5-tied", "mixed") else [])]
         made[name] = train(home / kind, home, home / "runs" / name, *given)
         recipe("merge", "--run", made[name])
     recipe("merge", "--run", made["t5-untied"], "--without-users", "--output-dir", made["t5-untied"] / "public")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from genrec_llm.args import DataArguments
+from genrec_llm.baselines import SequenceRecommender
+from genrec_llm.baselines.neural import LastItemsToo, NeuralRecommender, user_order
 from genrec_llm.encoded import load_data
-from genrec_llm.evaluation import EvalReport
+from genrec_llm.evaluation import EvalReport, rank_recommender
 from genrec_llm.files import read_json
+from genrec_llm.recommender import Recommender
 from genrec_llm.rows import cooccurrence_and_vectors
+from genrec_llm.runs import load_run_data
 from genrec_llm.vectors import read_item_vectors, write_item_vectors
 
 SMALL = ("--set", "epochs=2", "dim=8", "validate_every=1", "batch_size=32")
@@ -37,7 +42,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged model of ours on a private log, a user-aware rival and one without users."""
     folder = tmp_path_factory.mktemp("rivals")
     tiny.save_backbone("t5-untied", folder / "base")
-    tiny.train(folder / "base", folder, folder / "run", "--users", "none")
+    tiny.train(folder / "base", folder, folder / "run", "--users", "none", "--last-items-share", "0.5")
     tiny.recipe("merge", "--run", folder / "run")
     data = ("--dataset", folder / "log.csv", "--items-file", folder / "items.csv")
     for rival in ("hgn", "sasrec-softmax"):
@@ -57,6 +62,33 @@ def test_rivals_are_ranked_beside_our_model_on_the_same_users(ground: Path) -> N
         beside = EvalReport.load(ground / "run" / "evaluation" / "validation" / name)
         alone = EvalReport.load(path / "validation")
         assert beside.ranks.better.tolist() == alone.ranks.better.tolist()  # user rows and all
+
+
+def test_with_last_items_in_our_ranking_each_side_is_also_ranked_in_the_other_way(ground: Path) -> None:
+    trained = sorted(path.parent for path in (ground / "rivals").rglob("rival.json"))
+    tiny.recipe("evaluate", "--run", ground / "run", "--use_cpu", "--rivals", *trained)
+    out = ground / "run" / "evaluation" / "validation"
+    mixed = Recommender.from_pretrained(ground / "run" / "merged")
+    layout, asked = mixed.layout, load_run_data(ground / "run").held_out("validation")
+
+    def ranked(recommender: SequenceRecommender, users: np.ndarray) -> list[int]:
+        return rank_recommender(recommender, replace(asked, users=users), exclude_seen=True).ranks.better.tolist()
+
+    mixed.layout = replace(layout, last_items_weights=())
+    assert EvalReport.load(out / "GenRec,_history_alone").ranks.better.tolist() == ranked(mixed, asked.users)
+    hgn = NeuralRecommender.load(trained[0])
+    users, histories = user_order(len(asked.users)), list(asked.histories)
+    likely = torch.zeros(len(users), asked.num_items)
+    for contexts, weights in layout.contexts(histories):
+        likely += (
+            torch.from_numpy(hgn.scores(contexts, users)).softmax(dim=1) * torch.from_numpy(weights).float()[:, None]
+        )
+    too = LastItemsToo(hgn, layout)
+    assert too.name == "hgn, last items too"
+    np.testing.assert_allclose(np.exp(too.scores(histories, users)), likely, rtol=1e-4)
+    assert EvalReport.load(out / "hgn,_last_items_too").ranks.better.tolist() == ranked(too, users)
+    ranks = [EvalReport.load(out / name).ranks.better.tolist() for name in ("GenRec", "hgn")]
+    assert ranks[0] != ranked(mixed, asked.users) and ranks[1] != ranked(too, users)
 
 
 def test_what_has_ended_is_not_run_again_and_the_table_has_every_run(

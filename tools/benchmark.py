@@ -29,10 +29,11 @@ from typing import Any
 
 import yaml
 from ablation import ALONE, BASE, REPOSITORY, Trial, recipe
-from make_tables import OURS, QUALITY, SPLITS, Pair, Row, pair_of, put, put_pairs, rivals_among, rows_of_run
+from make_tables import OURS, QUALITY, SPLITS, Pair, Row, beside, pair_of, put, put_pairs, rows_of_run
 
 from genrec_llm.args import DataArguments
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
+from genrec_llm.evaluation import LAST_ITEMS_TOO
 from genrec_llm.files import read_json
 from genrec_llm.plots import read_reports
 
@@ -112,14 +113,16 @@ class Benchmark:
     def rows(self, seed: int) -> list[Row]:
         """Rows of quality.json for this split and protocol."""
         rows = rows_of_run(self.run(seed), self.model, self.report(seed).name)
+        trained = [row["model"].removesuffix(LAST_ITEMS_TOO) for row in rows]
         return [
-            row | {"command": self.command(row["model"] if row["model"] in self.rivals else None, seed)} for row in rows
+            row | {"command": self.command(name if name in self.rivals else None, seed)}
+            for row, name in zip(rows, trained, strict=True)
         ]
 
     def pairs(self, seed: int) -> list[Pair]:
         """Ours minus each recommender that stands beside it."""
         ours, *others = read_reports(self.report(seed))
-        return [pair_of(ours, other, [self.model, other.name], seed) for other in rivals_among(ours, others)]
+        return [pair_of(ours, other, [self.model, name], seed) for name, other in beside(ours, others, self.model)]
 
 
 def call(name: str, *arguments: object) -> None:

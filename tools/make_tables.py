@@ -175,6 +175,7 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
     """
     from publish_run import stages_of
 
+    from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO
     from genrec_llm.plots import read_reports
 
     stages = stages_of(run)
@@ -188,16 +189,26 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
         made = read_json(folder / "report.json")
         ours, *rivals = read_reports(folder)
         rows.append(row_of(ours, model, made, seed=seed, seconds=seconds))
-        untrained = {"seed": None, "seconds": None} | made
-        for rival in rivals_among(ours, rivals):
-            facts = untrained | made.get("rivals", {}).get(rival.name, {})
-            rows.append(row_of(rival, rival.name, facts, seed=facts["seed"], seconds=facts["seconds"]))
+        untrained = {"seed": None, "seconds": None}
+        trained = {ours.name: {"seed": seed, "seconds": seconds}} | made.get("rivals", {})
+        for name, rival in beside(ours, rivals, model):
+            facts = made | trained.get(rival.name.removesuffix(LAST_ITEMS_TOO).removesuffix(HISTORY_ALONE), untrained)
+            rows.append(row_of(rival, name, facts, seed=facts["seed"], seconds=facts["seconds"]))
     return rows
 
 
-def rivals_among(ours: EvalReport, reports: Iterable[EvalReport]) -> list[EvalReport]:
-    """Without our model asked as if it knew no user, which is no rival and goes by its run."""
-    return [report for report in reports if not report.name.startswith(ours.name)]
+def beside(ours: EvalReport, reports: Iterable[EvalReport], model: str) -> list[tuple[str, EvalReport]]:
+    """What stands beside our model, named as in the tables; ours, ranked otherwise, is among it.
+
+    Left out is our model asked as if it knew no user, which goes by its run.
+    """
+    from genrec_llm.evaluation import WITHOUT_USERS
+
+    return [
+        (model + report.name.removeprefix(ours.name) if report.name.startswith(ours.name) else report.name, report)
+        for report in reports
+        if not report.name.endswith(WITHOUT_USERS)
+    ]
 
 
 def put(path: Path, new: Iterable[Row]) -> None:

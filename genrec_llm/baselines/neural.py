@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genrec_llm.baselines.networks import FORM, HGN, BERT4Rec, Caser, Loss, Network, SASRec
+from genrec_llm.decoding import mixed_scores
 from genrec_llm.errors import ConfigError
+from genrec_llm.evaluation import LAST_ITEMS_TOO
 from genrec_llm.files import atomic_file, read_json, write_json
-from genrec_llm.tasks import Sequences
+from genrec_llm.tasks import PromptLayout, Sequences
 
 WEIGHTS, FACTS, CHECKPOINT = "rival.safetensors", "rival.json", "checkpoint.safetensors"
 Model = Literal["sasrec", "bert4rec", "caser", "hgn"]
@@ -152,6 +154,24 @@ class NeuralRecommender:
         network = RivalSettings(**facts["settings"]).network(facts["items"], facts["users"])
         network.load_state_dict(load_file(folder / WEIGHTS))
         return cls(network.eval(), facts["name"])
+
+
+@dataclass(frozen=True)
+class LastItemsToo:
+    """A trained rival whose ranking is mixed from the history and its last items, as that of our model is."""
+
+    rival: NeuralRecommender
+    layout: PromptLayout
+
+    @property
+    def name(self) -> str:
+        """In reports."""
+        return f"{self.rival.name}{LAST_ITEMS_TOO}"
+
+    def scores(self, histories: Sequence[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `SequenceRecommender.scores`."""
+        found: NDArray[np.float32] = mixed_scores(self.rival.network.scores, self.layout, histories, users).numpy()
+        return found
 
 
 def user_order(count: int) -> NDArray[np.int64]:
