@@ -172,7 +172,7 @@ class ModelArguments:
         default=0.0,
         metadata={
             "help": "Ranking: share of what the model says after each of the last 4 items alone, beside the whole history; "
-            "training is the same."
+            "the loss does not change."
         },
     )
 

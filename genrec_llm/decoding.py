@@ -120,7 +120,7 @@ def mixed_scores(
     for asked, weights in layout.contexts(histories):
         likely = score(asked, users).float().log_softmax(dim=1)
         likely += torch.from_numpy(weights).to(likely).log()[:, None]
-        mixed = likely if mixed is None else torch.logaddexp(mixed, likely)
+        mixed = likely if mixed is None else torch.logaddexp(mixed, likely, out=mixed)
     assert mixed is not None
     return mixed
 

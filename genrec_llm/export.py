@@ -1,7 +1,8 @@
 """What leaves a run: the adapter directory, the merged directory, and the proof that they say the same.
 
 Adapter: plain PEFT LoRA on the named base, the id rows beside it. Merged: a plain `transformers` checkpoint with the
-vocabulary `base tokenizer | items | users`, whose bare `generate` returns the top N after a history. Formats: DESIGN, "Formats".
+vocabulary `base tokenizer | items | users`, whose bare `generate` returns the top N after a history. Formats: DESIGN,
+"Formats".
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ from genrec_llm.model import (
     prompt_layout,
     quantized,
 )
-from genrec_llm.tasks import DecoderPrompt, PromptLayout
+from genrec_llm.tasks import LAST_ITEMS, DecoderPrompt, PromptLayout
 from genrec_llm.vocab import ITEMS_FILE, UNKNOWN_USER_TOKEN, USERS_FILE, IdVocab, UserMode, read_users
 
 FORMAT_VERSION = 1
@@ -157,13 +157,15 @@ def _wrong_facts(info: dict[str, Any]) -> list[str]:
             )
         elif not _are_weights(prompt["last_items_weights"]):
             problems.append(
-                f"prompt has last_items_weights {prompt['last_items_weights']}, expected numbers above 0 with a sum below 1"
+                f"prompt has last_items_weights {prompt['last_items_weights']}, expected at most {LAST_ITEMS} numbers "
+                "above 0 with a sum below 1"
             )
     return problems
 
 
 def _are_weights(values: list[Any]) -> bool:
-    return all(type(value) is float and value > 0 for value in values) and sum(values) < 1
+    right = all(type(value) is float and value > 0 for value in values)
+    return right and sum(values) < 1 and len(values) <= LAST_ITEMS
 
 
 def check_files(folder: Path, info: Mapping[str, Any]) -> None:

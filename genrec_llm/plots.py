@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from genrec_llm.card.figures import PLOTS
 from genrec_llm.errors import ConfigError, GenRecError
-from genrec_llm.evaluation import HEADLINE, EvalReport, check_comparable
+from genrec_llm.evaluation import HEADLINE, HISTORY_ALONE, LAST_ITEMS_TOO, EvalReport, check_comparable
 from genrec_llm.files import atomic_file, read_json
 from genrec_llm.loading import ADAPTER, ROWS_FILE, TRAINED
 from genrec_llm.metrics import hit_rate
@@ -104,7 +104,9 @@ def draw_run(run: Path) -> list[Path]:
     if not evaluated:
         logger.info("%s: not evaluated yet: no metrics and ranks (genrec evaluate --run %s)", run, run)
     for split, folder in evaluated.items():
-        reports = read_reports(folder)
+        reports = [
+            report for report in read_reports(folder) if not report.name.endswith((HISTORY_ALONE, LAST_ITEMS_TOO))
+        ]
         figures[f"metrics_{split}"] = metric_bars(reports)
         figures[f"ranks_{split}"] = rank_curves(reports)
     rows = next((path for kind in (ADAPTER, TRAINED) if (path := run / kind / ROWS_FILE).is_file()), None)

@@ -301,7 +301,8 @@ class Recommender:
 
         The log-probability is over the whole catalogue, items of the history included. Only the most recent
         `layout.max_history` items are read, so that only these can have an effect; no earlier one moves up for the one
-        that is left out. Effects do not add up: items can stand in for each other.
+        that is left out. (Where last items have a share in the ranking, the one before them does: it becomes one of
+        them.) Effects do not add up: items can stand in for each other.
 
         Args:
             history, user, unknown: as in `recommend`, for one history.
@@ -378,16 +379,16 @@ class Recommender:
             histories = [data.histories[user] for user in users]
             seen = [data.seen[user] for user in users] if exclude_seen else None
             encoded, weights = self.layout.encode_contexts(histories, self._served(data.users[users]))
-            mixing = torch.from_numpy(weights).to(self.device)
-            items, _ = generate_top_n(self.model, self._on_device(encoded), self.layout, k, seen, weights=mixing)
+            batch = self._on_device(encoded)
+            items, _ = generate_top_n(self.model, batch, self.layout, k, seen, weights=torch.from_numpy(weights))
             scores = self.score_tensor(histories, data.users[users]).gather(1, items.clamp(min=0))
             return items.cpu().numpy(), scores.masked_fill(items < 0, -torch.inf).cpu().numpy()
 
-        rows = k * (1 + len(self.layout.last_items_weights))
-        beams = rows * self.model.config.vocab_size  # scores of one user, of which `generate` keeps several copies
-        batch_size = max(1, min(batch_size, MOST_SCORES_AT_ONCE // (4 * beams)))
+        beams = k * (1 + len(self.layout.last_items_weights))
+        scores_of_user = beams * self.model.config.vocab_size  # `generate` keeps several copies
+        batch_size = max(1, min(batch_size, MOST_SCORES_AT_ONCE // (6 * scores_of_user)))
         batches = user_batches(data, asked, batch_size)
-        at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * beams))
+        at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * scores_of_user))
         found = processes.map(ask, batches, name="generate", at_once=at_once)
         order = np.argsort(np.concatenate(batches))
         lists, values = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))

@@ -64,7 +64,9 @@ COURSE = {
         "sparse_user_rows", "packing", "kernels",
     ),
 }  # fmt: skip
-"""Arguments that change what training does: a run that goes on from a checkpoint keeps them."""
+"""Arguments that change what training does, or what it keeps: a run that goes on from a checkpoint keeps them."""
+_LATER = {"last_items_share": 0.0}
+"""Of these, what the run.json of earlier releases has not, and what they did."""
 
 
 class TrainingClock(TrainerCallback, ExportableState):
@@ -167,7 +169,7 @@ class RunDirectory:
         if any_written(self.path):
             kept += [(part, key) for part, keys in COURSE.items() for key in keys]
         for part, key in kept:
-            theirs, ours = there["arguments"][part].get(key), self.facts["arguments"][part][key]
+            theirs, ours = there["arguments"][part].get(key, _LATER.get(key)), self.facts["arguments"][part][key]
             if theirs != ours:
                 problems.append(f"{self.path}: was made with {key} {theirs}, now it is {ours}")
         if problems:

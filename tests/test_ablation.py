@@ -12,7 +12,7 @@ import tiny
 from ablation import BASE, VARIANTS, Outcome
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-from genrec_llm.files import read_json
+from genrec_llm.files import read_json, write_json
 
 FIGURES = dict.fromkeys(ablation.METRICS, 0.25)
 
@@ -36,6 +36,19 @@ def test_the_table_has_means_spreads_and_reasons() -> None:
     assert header.count("|") == base.count("|") == text.count("|")
     assert base.startswith(f"| {BASE} | 0.3000 ± 0.0707 |") and base.endswith("| 2 | 15 |")
     assert without.startswith("| no pretraining | 0.2500 |") and "row_init: text is not possible" in text
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    configs, trial = tiny.save_stages(tmp_path), ablation.Trial(ablation.ALONE, 0, tmp_path / "out")
+    (trial.folder / "finetune").mkdir(parents=True)
+    write_json(trial.folder / "finetune" / "run.json", {"finished": {}})
+    kept = trial.folder / "finetune.yaml"
+    kept.write_text("seed: 0\nlearning_rate: 0.5\n")
+    outcome = trial.run(configs, [])
+    assert (
+        outcome.reason.startswith(f"{kept}: this run has other settings: choose another --out") and not outcome.metrics
+    )
+    assert kept.read_text() == "seed: 0\nlearning_rate: 0.5\n"
 
 
 @pytest.mark.slow

@@ -319,11 +319,12 @@ def test_another_quantisation_in_the_same_run_directory_is_refused(
         )
 
 
-def test_a_run_from_before_quantisation_goes_on(home: Path, tmp_path: Path) -> None:
-    """Its run.json does not have the key."""
+def test_a_run_of_an_earlier_release_goes_on(home: Path, tmp_path: Path) -> None:
+    """Its run.json does not have the keys."""
     out = finetune(home, tmp_path / "old", "--max-steps", 1)
     facts = json.loads((out / "run.json").read_text())
-    del facts["arguments"]["model"]["quantization"]
+    for later in ("quantization", "last_items_share"):
+        del facts["arguments"]["model"][later]
     (out / "run.json").write_text(json.dumps(facts))
     finetune(home, out, "--max-steps", 1)
 

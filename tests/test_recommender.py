@@ -150,7 +150,7 @@ def test_scores_do_not_depend_on_who_else_is_asked_about(recommender: Recommende
     np.testing.assert_allclose(together, np.stack(alone), **ROUNDING)
 
 
-def test_last_items_that_have_a_share_change_the_list_as_the_layout_says(runs: dict[str, Path]) -> None:
+def test_last_items_that_have_a_share_are_mixed_in_as_the_layout_says(runs: dict[str, Path]) -> None:
     mixed = Recommender.from_pretrained(runs["mixed"] / "merged")
     assert sum(mixed.layout.last_items_weights) == pytest.approx(0.5) and len(mixed.layout.last_items_weights) == 4
     mixed.layout, plain = replace(mixed.layout, last_items_weights=()), mixed.layout

@@ -7,6 +7,7 @@ import math
 import shutil
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,22 @@ def test_a_large_catalogue_is_validated_for_fewer_users_at_a_time(
     hook.remove()
     assert max(sizes) <= 7 and sum(sizes) == USERS
     assert np.array_equal(ranks.better, whole.better) and np.array_equal(ranks.tied, whole.tied)
+
+
+def test_every_batch_asks_the_model_equally_often_whatever_its_histories(trainer, data: Data) -> None:
+    """Under ZeRO-3 a process that asked less often would leave the others waiting."""
+    built, held_out, asked = (
+        trainer(per_device_eval_batch_size=7, model={"last_items_share": 0.5}),
+        data.held_out("test"),
+        [],
+    )
+    hook = built.model.register_forward_hook(lambda *given: asked.append(len(given[-1].logits)))
+    one_item = replace(held_out, histories=[history[:1] for history in held_out.histories])
+    for histories in (held_out, one_item):
+        asked.clear()
+        built.rank(histories)
+        assert asked == sorted(asked, reverse=True) and len(asked) == 5 * -(-USERS // 7)
+    hook.remove()
 
 
 def test_the_logged_metrics_are_means_over_every_user_once(trainer, data: Data) -> None:

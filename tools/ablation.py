@@ -87,7 +87,12 @@ class Trial:
             settings = config | change.changes | {"seed": self.seed, "output_dir": str(self.folder / stage)}
             if stage == "finetune":
                 settings["from_run"] = str(self.folder / "pretrain") if change.pretrained else None
-            with atomic_file(self.folder / f"{stage}.yaml") as temporary:
+            path = self.folder / f"{stage}.yaml"
+            begun = (self.folder / stage / "run.json").is_file()
+            if begun and yaml.safe_load(path.read_text(encoding="utf-8")) != settings:
+                reason = f"{path}: this run has other settings: choose another --out, or remove {self.folder}"
+                return Outcome(self.variant, self.seed, reason=reason)
+            with atomic_file(path) as temporary:
                 temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
             if not finished(self.folder / stage) and (reason := self._train(stage, flags)):
                 return Outcome(self.variant, self.seed, reason=reason)

@@ -113,10 +113,10 @@ class Benchmark:
     def rows(self, seed: int) -> list[Row]:
         """Rows of quality.json for this split and protocol."""
         rows = rows_of_run(self.run(seed), self.model, self.report(seed).name)
-        trained = [row["model"].removesuffix(LAST_ITEMS_TOO) for row in rows]
+        names = [row["model"].removesuffix(LAST_ITEMS_TOO) for row in rows]
         return [
             row | {"command": self.command(name if name in self.rivals else None, seed)}
-            for row, name in zip(rows, trained, strict=True)
+            for row, name in zip(rows, names, strict=True)
         ]
 
     def pairs(self, seed: int) -> list[Pair]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from genrec_llm.card.facts import Facts
 from genrec_llm.card.words import commit_words, table, text
-from genrec_llm.evaluation import HEADLINE, WITHOUT_USERS
+from genrec_llm.evaluation import HEADLINE, HISTORY_ALONE, WITHOUT_USERS
 from genrec_llm.files import read_json
 from genrec_llm.loading import MERGED
 from genrec_llm.metrics import p_words
@@ -33,8 +33,8 @@ def evaluation_section(facts: Facts) -> list[str]:
         lines.append(
             "Each user's held-out item is ranked once against the whole catalogue. HR@K: share of users whose item is among "
             "the first K; NDCG@K and MRR also count how high it stands; coverage@10: share of the catalogue that is in "
-            "anyone's top 10; novelty@10: mean information of the recommended items, in bits (higher is less popular). The "
-            "baselines beside it count what happened in the same training histories, without a model."
+            "anyone's top 10; novelty@10: mean information of the recommended items, in bits (higher is less popular). "
+            "Popularity, item-kNN and recent repeats count what happened in the same training histories, without a model."
         )
     for one in measured:
         lines += ["", *_measured(facts, one)]
@@ -79,6 +79,7 @@ def _measured(facts: Facts, measured: Mapping[str, Any]) -> list[str]:
         named, whose = {reports[0]["name"]: "with rows of known users"}, "With rows of known users, against"
         if own is not None:
             named[own["name"]] = "this model"
+    named[reports[0]["name"] + HISTORY_ALONE] = f"{named[reports[0]['name']]}{HISTORY_ALONE}"
     protocol = reports[0]["protocol"]
     seen = "items of the history removed" if protocol["exclude_seen"] else "items of the history may come again"
     lines = [
