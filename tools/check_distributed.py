@@ -230,7 +230,7 @@ class Launch:
 
 def workers(launcher: int) -> list[int]:
     """Process ids of a launcher's training processes, without what they started themselves, in the order of their ranks."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
     below = {launcher}
     for _ in range(4):
