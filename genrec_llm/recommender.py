@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -472,31 +472,32 @@ class Recommender:
 
 
 @dataclass(frozen=True)
-class WithoutUsers:
-    """A recommender that knows no user: everybody is `<user_unknown>`, as in a copy that was pushed without users."""
+class _AskedOtherwise:
+    """A recommender that stands beside itself in a report."""
 
     recommender: Recommender
+    ending: ClassVar[str]
 
     @property
     def name(self) -> str:
         """In reports."""
-        return f"{self.recommender.name}{WITHOUT_USERS}"
+        return f"{self.recommender.name}{self.ending}"
+
+
+class WithoutUsers(_AskedOtherwise):
+    """It knows no user: everybody is `<user_unknown>`, as in a copy that was pushed without users."""
+
+    ending = WITHOUT_USERS
 
     def scores(self, histories: Sequence[IntArray], users: IntArray) -> npt.NDArray[np.float32]:
         """As `Recommender.scores`, for row 0 alone."""
         return self.recommender.scores(histories, np.zeros_like(users))
 
 
-@dataclass(frozen=True)
-class HistoryAlone:
-    """A recommender that ranks by the whole history, whatever share the last items have."""
+class HistoryAlone(_AskedOtherwise):
+    """It ranks by the whole history, whatever share the last items have."""
 
-    recommender: Recommender
-
-    @property
-    def name(self) -> str:
-        """In reports."""
-        return f"{self.recommender.name}{HISTORY_ALONE}"
+    ending = HISTORY_ALONE
 
     def scores(self, histories: Sequence[IntArray], users: IntArray) -> npt.NDArray[np.float32]:
         """As `Recommender.scores`."""

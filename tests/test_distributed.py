@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from check_distributed import (
     random_turn,
     resumed,
     split,
+    workers,
 )
 from safetensors.torch import load_file, save_file
 
@@ -365,3 +368,14 @@ def test_fsdp2_shares_the_whole_model_out_and_trains_as_one_process(ground: Grou
          str(ground.folder / "base"), str(ground.folder / "log.csv"), str(tmp_path / "out"), str(tie)]
     )  # fmt: skip
     assert all(f"process {rank} of 2: " in output and " 0 tensors moved" not in output for rank in (0, 1))
+
+
+def test_a_process_is_found_however_long_its_command_and_narrow_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # which `ps` goes by
+    line = [sys.executable, "-c", "import time; time.sleep(60)", "long" * 50, "recipes/finetune.py"]
+    process = subprocess.Popen(line, env={**os.environ, "RANK": "0"})
+    try:
+        assert process.pid in workers(os.getpid())
+    finally:
+        process.kill()
+        process.wait()
