@@ -630,7 +630,8 @@ def test_a_signal_ends_every_process_of_a_run(number: signal.Signals, tmp_path: 
     )
     code = "import sys; from genrec_llm.launch import run; sys.exit(run(['python', 'recipe.py']))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=tiny.environment(), text=True,
+        [sys.executable, "-c", code], cwd=tmp_path, text=True,
+        env=tiny.environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0"},  # and ten seconds that `run` adds
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=_hear_ctrl_c,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -44,9 +45,10 @@ LIGHT_MODULES = (
 PRINT_HEAVY_MODULES = "import sys; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
 
 
-def python(code: str) -> str:
+def python(code: str, *arguments: str) -> str:
     """Run `code` in a fresh interpreter, far from the repository, and return what it printed."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -81,11 +83,35 @@ def test_the_modules_of_the_data_verbs_start_without_torch(module: str) -> None:
     assert python(f"import genrec_llm.{module}\n" + PRINT_HEAVY_MODULES) == "[]\n"
 
 
-@pytest.mark.parametrize("tool", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.stem)
-def test_every_tool_tells_how_it_is_used(tool: Path) -> None:
-    done = subprocess.run([sys.executable, str(tool), "--help"], capture_output=True, text=True, timeout=120, cwd="/")
-    assert done.returncode == 0, done.stderr
-    assert f"usage: {tool.name}" in done.stdout
+TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
+ASK_EACH_FOR_HELP = """
+import contextlib, io, json, runpy, sys, traceback
+answers = {}
+for tool in sys.argv[1:]:
+    sys.argv, sys.path[0] = [tool, "--help"], tool.rpartition("/")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            answer = runpy.run_path(tool, run_name="__main__") and "it did not end"
+        except SystemExit as ended:
+            answer = ended.code
+        except Exception:
+            answer = traceback.format_exc()
+    answers[tool] = [answer, said.getvalue()]
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def help_of_tools() -> dict[str, tuple[object, str]]:
+    """How each tool ended and what it said; one process asks all, since most of the time goes into importing torch."""
+    return json.loads(python(ASK_EACH_FOR_HELP, *map(str, TOOLS)).splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
+def test_every_tool_tells_how_it_is_used(tool: Path, help_of_tools: dict[str, tuple[object, str]]) -> None:
+    ended, said = help_of_tools[str(tool)]
+    assert not ended, ended
+    assert f"usage: {tool.name}" in said
 
 
 def test_whoever_has_a_torch_that_fits_their_gpu_keeps_it() -> None:

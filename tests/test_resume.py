@@ -101,12 +101,19 @@ UNSAVED = ("--max-steps", "400", "--eval-strategy", "no", "--load-best-model-at-
 # --- told to stop -------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny.run(command(ground, "ddp", folder / "run", *UNSAVED))
+    return folder / "run"
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["one process", "the launcher"])
 def test_sigterm_saves_after_the_same_step_everywhere_and_the_run_goes_on_from_there(
-    ground: Path, tmp_path: Path, to_all: bool
+    ground: Path, whole: Path, tmp_path: Path, to_all: bool
 ) -> None:
     """A checkpoint that no schedule asked for, and the final adapter of the run that nobody stopped, bit for bit."""
-    tiny.run(command(ground, "ddp", tmp_path / "whole", *UNSAVED))
     process = started(command(ground, "ddp", tmp_path / "run", *UNSAVED))
     read_until(process, step_line)
     os.kill(process.pid if to_all else workers(process.pid)[1], signal.SIGTERM)
@@ -116,7 +123,7 @@ def test_sigterm_saves_after_the_same_step_everywhere_and_the_run_goes_on_from_t
     assert is_complete(checkpoint) and 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 400
     assert not (tmp_path / "run" / "adapter").exists()
     assert f"going on from {checkpoint}" in tiny.run(command(ground, "ddp", tmp_path / "run", *UNSAVED))
-    assert difference(tmp_path / "run", tmp_path / "whole") == 0.0
+    assert difference(tmp_path / "run", whole) == 0.0
 
 
 @pytest.mark.parametrize("verb", [True, False], ids=["genrec finetune", "the recipe alone"])
