@@ -29,6 +29,8 @@ IGNORED = -100
 """Label of a place that has no target; torch's cross-entropy leaves it out."""
 LAST_ITEMS = 4
 """Items of a history that are also asked about alone, where they have a share in the ranking."""
+LAST_ITEMS_DECAY = 0.85
+"""What each of them weighs against the one after it."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def uniform(seed: int, epoch: int, example: IntArray, draw: int | IntArray) -> n
 
 
 def last_items_weights(share: float) -> tuple[float, ...]:
-    """What the last item alone, the one before it, … weigh in a ranking, `share` together, each half of the one after it."""
-    halves = [2.0**-place for place in range(LAST_ITEMS)]
-    return tuple(share * half / sum(halves) for half in halves) if share else ()
+    """What the last item alone, the one before it, … weigh in a ranking, `share` together, each 0.85 of the one after."""
+    weights = [LAST_ITEMS_DECAY**place for place in range(LAST_ITEMS)]
+    return tuple(share * weight / sum(weights) for weight in weights) if share else ()
 
 
 @dataclass(frozen=True)

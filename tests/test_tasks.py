@@ -228,10 +228,10 @@ def test_the_contexts_of_one_user_stand_together() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_each_last_item_weighs_half_of_the_one_after_it(share: float) -> None:
+def test_each_last_item_weighs_a_little_less_than_the_one_after_it(share: float) -> None:
     weights = last_items_weights(share)
     assert sum(weights) == pytest.approx(share) and len(weights) == (LAST_ITEMS if share else 0)
-    assert [early / late for late, early in pairwise(weights)] == pytest.approx([0.5] * max(0, len(weights) - 1))
+    assert [early / late for late, early in pairwise(weights)] == pytest.approx([0.85] * max(0, len(weights) - 1))
 
 
 # --- sequences and leakage ---------------------------------------------------------------------
