@@ -159,7 +159,8 @@ def test_last_items_that_have_a_share_are_mixed_in_as_the_layout_says(runs: dict
     likely = mixed.score_tensor(contexts, np.zeros(4, dtype=np.int64)).softmax(dim=1)
     mixed.layout = plain
     scores = mixed.score_tensor([history], np.array([0]))[0]
-    expected = (torch.tensor([0.5, 4 / 14, 2 / 14, 1 / 14])[:, None] * likely).sum(dim=0).log()
+    alone = torch.tensor([1.0, 0.85, 0.85**2])
+    expected = (torch.cat([torch.tensor([0.5]), 0.5 * alone / alone.sum()])[:, None] * likely).sum(dim=0).log()
     torch.testing.assert_close(scores, expected, **ROUNDING)
 
 
