@@ -18,7 +18,7 @@ demo: $(STAMP)  ## train, evaluate, merge and recommend on MovieLens-100K with a
 	@$(WITH_VENV) genrec demo
 
 test: $(STAMP) compilers  ## the tests that end in minutes on two cores
-	@$(WITH_VENV) python -m pytest -q
+	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-full: $(STAMP) compilers  ## all tests but those that need the network
 	@$(WITH_VENV) python -m pytest -q -m 'not hub$(if $(HAS_GPU),, and not gpu)'

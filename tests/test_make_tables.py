@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from make_tables import BEGIN, END, Row, checked, lines_of, pair_of, put, row_of
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.evaluation import build_report, rank_recommender
 from genrec_llm.files import read_json, write_json
+from genrec_llm.metrics import ndcg
 
 MADE = {"command": "recipes/evaluate.py --run runs/x", "commit": "abc", "hardware": "CPU"}
 
@@ -136,7 +138,32 @@ def test_rows_and_pairs_come_from_saved_reports(tmp_path: Path, monkeypatch: pyt
     other = tiny.eval_data(users=60, items=40, longest=8, split="validation")
     theirs = build_report("v", rank_recommender(Noisy("v", 0.0), other, exclude_seen=False), other, exclude_seen=False)
     with pytest.raises(ConfigError, match="split is 'test' and 'validation'"):
-        pair_of(reports[0], theirs, ["a", "b"], None)
+        pair_of(reports[:1], [theirs], ["a", "b"], [])
+
+
+def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user() -> None:
+    data = tiny.eval_data(users=60, items=40, longest=8, split="test")
+
+    class Noise:
+        name = "noise"
+
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        def scores(self, histories: Any, users: Any) -> Any:
+            return np.random.default_rng((self.seed, *users)).random((len(users), 40)).astype(np.float32)
+
+    reports = [build_report("noise", rank_recommender(Noise(seed), data, exclude_seen=False), data, exclude_seen=False)
+               for seed in range(4)]  # fmt: skip
+    ours, rivals = reports[:2], reports[2:]
+    pair = pair_of(ours, rivals, ["genrec", "SASRec"], [0, 1])
+    each = [[ndcg(report.ranks, 10) for report in reports] for reports in (ours, rivals)]
+    assert pair.mean == pytest.approx(np.mean(each[0]) - np.mean(each[1]), abs=1e-12)
+    ones = [pair_of([a], [b], ["genrec", "SASRec"], [0]) for a, b in zip(ours, rivals, strict=True)]
+    assert pair.high - pair.low < min(one.high - one.low for one in ones)  # noise of seeds is averaged away
+    assert "- genrec - SASRec, seeds 0 1: " in tables(
+        [row("genrec", 0, 0.1)], [replace(pair, dataset="toy", protocol="seen removed")], {}
+    )
 
 
 def test_a_row_that_is_wrong_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@
 
 `--configs` is a folder with finetune.yaml, and pretrain.yaml where that names a `from_run`; `--rivals` are entries of
 tools/rivals.yaml, trained on its data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it
-measured goes to docs/results/quality.json, with the paired differences, each row with the command of this tool that makes
-its seed again.
+measured goes to docs/results/quality.json, each row with the command of this tool that makes its seed again, with the paired
+differences over all seeds that the folder has.
 Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
 validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
 models, each chosen by validation with seen items removed, with the items of the history kept.
@@ -33,7 +33,7 @@ from make_tables import OURS, QUALITY, SPLITS, Pair, Row, beside, pair_of, put, 
 
 from genrec_llm.args import DataArguments
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
-from genrec_llm.evaluation import LAST_ITEMS_TOO
+from genrec_llm.evaluation import LAST_ITEMS_TOO, EvalReport
 from genrec_llm.files import read_json
 from genrec_llm.plots import read_reports
 
@@ -119,10 +119,19 @@ class Benchmark:
             for row, name in zip(rows, names, strict=True)
         ]
 
-    def pairs(self, seed: int) -> list[Pair]:
-        """Ours minus each recommender that stands beside it."""
-        ours, *others = read_reports(self.report(seed))
-        return [pair_of(ours, other, [self.model, name], seed) for name, other in beside(ours, others, self.model)]
+    def pairs(self) -> list[Pair]:
+        """Ours minus each recommender that stands beside it, over all seeds of the folder that have been ranked with it."""
+        found: dict[str, list[tuple[int, EvalReport, EvalReport]]] = {}
+        for seed in sorted(int(folder.name.removeprefix("seed-")) for folder in self.out.glob("seed-*")):
+            if (self.report(seed) / "report.json").is_file():
+                ours, *others = read_reports(self.report(seed))
+                for name, other in beside(ours, others, self.model):
+                    found.setdefault(name, []).append((seed, ours, other))
+        pairs = []
+        for name, ranked in found.items():
+            seeds, ours_of, theirs = zip(*ranked, strict=True)
+            pairs.append(pair_of(ours_of, theirs, [self.model, name], list(seeds)))
+        return pairs
 
 
 def call(name: str, *arguments: object) -> None:
@@ -161,7 +170,7 @@ def main() -> None:
     for seed in args.seeds:
         benchmark.rank(seed)
         put(args.quality, benchmark.rows(seed))
-        put_pairs(args.quality, benchmark.pairs(seed))
+    put_pairs(args.quality, benchmark.pairs())
     print(f"{counted(len(args.seeds), 'seed')} in {args.quality}")
     print("Next: python tools/make_tables.py")
 

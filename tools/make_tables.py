@@ -10,7 +10,8 @@
 `add --run` takes every evaluation of a run: the model's reports with the run's seed and seconds of training, and those of
 the baselines that stand beside it. `add --report` takes one saved `EvalReport`. A row with the same data set, split, model,
 protocol and seed is replaced. `pair` takes the folders of two saved reports and writes the paired difference of their
-NDCG@10, ours minus rival, with its bootstrap interval over users into docs/results/quality_pairs.json.
+NDCG@10, ours minus rival, with its bootstrap interval over users into docs/results/quality_pairs.json, in the place of the
+one between these models; tools/benchmark.py writes that of several seeds.
 """
 
 from __future__ import annotations
@@ -59,14 +60,17 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours minus a rival for the same users: mean, 95 % interval and p-value of the difference of NDCG@10."""
+    """Ours minus a rival for the same users: mean, 95 % interval and p-value of the difference of NDCG@10.
+
+    Of several seeds, a user's difference is the mean over them; the interval is over users still, with these seeds.
+    """
 
     dataset: str
     split: str
     protocol: str
     model: str
     rival: str
-    seed: int | None
+    seeds: list[int]
     mean: float
     low: float
     high: float
@@ -222,15 +226,22 @@ def put(path: Path, new: Iterable[Row]) -> None:
     write_json(path, checked(list(rows.values()), path))
 
 
-def pair_of(ours: EvalReport, rival: EvalReport, models: Sequence[str], seed: int | None) -> Pair:
-    """The paired difference of NDCG@10.
+def pair_of(ours: Sequence[EvalReport], rivals: Sequence[EvalReport], models: Sequence[str], seeds: list[int]) -> Pair:
+    """The paired difference of NDCG@10 between two models, one report of each for a seed.
 
     Raises:
         ConfigError: the reports were not made under the same protocol, for the same users.
     """
-    difference, protocol = ours.compare(rival)["NDCG@10"], ours.protocol
+    import numpy as np
+
+    from genrec_llm.evaluation import check_comparable
+    from genrec_llm.metrics import ndcg, paired_difference
+
+    check_comparable([*ours, *rivals])
+    means = (np.mean([ndcg(report.ranks, 10) for report in of_model], axis=0) for of_model in (ours, rivals))
+    difference, protocol = paired_difference(*means), ours[0].protocol
     return Pair(
-        protocol.dataset, protocol.split, PROTOCOLS[not protocol.exclude_seen], models[0], models[1], seed,
+        protocol.dataset, protocol.split, PROTOCOLS[not protocol.exclude_seen], models[0], models[1], seeds,
         difference.mean, difference.low, difference.high, difference.p_value, protocol.users,
     )  # fmt: skip
 
@@ -258,7 +269,7 @@ def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
 
 
 def _identity(pair: Pair) -> tuple[Any, ...]:
-    return pair.dataset, pair.split, pair.protocol, pair.model, pair.rival, pair.seed
+    return pair.dataset, pair.split, pair.protocol, pair.model, pair.rival
 
 
 def pairs_beside(quality: Path) -> Path:
@@ -345,8 +356,10 @@ def _pair_lines(pairs: Sequence[Pair]) -> list[str]:
         return []
     text = ["Paired over users, NDCG@10, with 95 % bootstrap intervals:", ""]
     for pair in pairs:
-        seed = "" if pair.seed is None else f", seed {pair.seed}"
-        text.append(f"- {pair.model} - {pair.rival}{seed}: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]")
+        seeds = (
+            f", {'seed' if len(pair.seeds) == 1 else 'seeds'} {' '.join(map(str, pair.seeds))}" if pair.seeds else ""
+        )
+        text.append(f"- {pair.model} - {pair.rival}{seeds}: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]")
     return [*text, ""]
 
 
@@ -477,7 +490,8 @@ def main() -> None:
         put(args.quality, rows)
         print(f"{len(rows)} rows written to {args.quality}")
     else:
-        pair = pair_of(EvalReport.load(args.ours), EvalReport.load(args.rival), args.models, args.seed)
+        seeds = [] if args.seed is None else [args.seed]
+        pair = pair_of([EvalReport.load(args.ours)], [EvalReport.load(args.rival)], args.models, seeds)
         path = put_pairs(args.quality, [pair])
         print(f"{pair.model} - {pair.rival}, NDCG@10: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]; in {path}")
 
