@@ -51,6 +51,26 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> No
     assert kept.read_text() == "seed: 0\nlearning_rate: 0.5\n"
 
 
+def test_a_variant_pretrains_where_it_or_the_configuration_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = tiny.save_stages(tmp_path)
+    trained: list[str] = []
+    monkeypatch.setattr(ablation.Trial, "_train", lambda _, stage, flags: trained.append(stage) or "stopped here")
+    for variant, first in ((BASE, "pretrain"), (ablation.ALONE, "finetune"), ("masked pretraining", "pretrain")):
+        assert ablation.Trial(variant, 0, tmp_path / variant).run(configs, []).reason == "stopped here"
+        assert trained.pop() == first
+    (configs / "pretrain.yaml").unlink()
+    config = (configs / "finetune.yaml").read_text()
+    (configs / "finetune.yaml").write_text(config.replace("from_run: elsewhere\n", ""))
+    trial = ablation.Trial(BASE, 1, tmp_path / "one stage")
+    assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune"]
+    assert "from_run: null" in (trial.folder / "finetune.yaml").read_text()
+    trial = ablation.Trial("masked pretraining", 1, tmp_path / "other")
+    assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune", "pretrain"]
+    assert "masks_per_sequence: 3" in (trial.folder / "pretrain.yaml").read_text()
+
+
 @pytest.mark.slow
 def test_variants_are_trained_and_not_trained_again(tmp_path: Path) -> None:
     configs = tiny.save_stages(tmp_path)

@@ -1,14 +1,16 @@
-"""What each part of the recipe is worth: the two stages, trained again with one thing changed at a time.
+"""What each part of a recipe is worth: its stages, trained again with one thing changed at a time.
 
     python tools/ablation.py --configs recipes/configs/beauty_t5-micro --out runs/ablation/beauty --seeds 0 1 2 --jobs 2
-    python tools/ablation.py --configs … --out … --variants "no pretraining" "rows: random" -- --num-train-epochs 4
+    python tools/ablation.py --configs recipes/configs/beauty_t5-mini --out runs/ablation/mini --jobs 2 \\
+        --variants "as configured" "masked pretraining" "rows: random" -- --without-last 1
     python tools/ablation.py --out runs/ablation/beauty --table
 
-`--configs` is a folder with pretrain.yaml and finetune.yaml; each variant trains them with its changes, from the seeds that
-are named, in run directories of its own. Killed at any time, the same command goes on. The figures are those of the best
-validation of the second stage; the test split is not opened. A variant that the configuration cannot have (rows from text
-with a backbone that reads none, adapters on random weights) stands in the table with the reason. What stands behind `--`
-goes to both stages. Written to --out: ablation.md, ablation.json, ablation.png.
+`--configs` is a folder with finetune.yaml, and pretrain.yaml where that names a `from_run`; each variant trains them with
+its changes, from the seeds that are named, in run directories of its own; a pretraining without a file of its own takes
+finetune.yaml's settings. Killed at any time, the same command goes on. The figures are those of the best validation of
+finetuning; the test split is not opened. A variant that the configuration cannot have (rows from text with a backbone that
+reads none, adapters on random weights) stands in the table with the reason. What stands behind `--` goes to each stage.
+Written to --out: ablation.md, ablation.json, ablation.png.
 """
 
 from __future__ import annotations
@@ -38,22 +40,26 @@ BASE, ALONE = "as configured", "no pretraining"
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing changed: arguments of both stages; without `pretrained` the second stage starts from the backbone."""
+    """One thing changed: arguments of each stage, or whether finetuning starts from a pretraining (None: as it says)."""
 
     changes: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = True
+    pretrained: bool | None = None
 
 
 VARIANTS = {
     BASE: Variant(),
     ALONE: Variant(pretrained=False),
+    "masked pretraining": Variant({"masks_per_sequence": 3, "last_item_probability": 0.3}, pretrained=True),
     "user token": Variant({"users": "each"}),
     "no user token": Variant({"users": "none"}),
     "LoRA": Variant({"tuning": "lora"}),
     "full tuning": Variant({"tuning": "full"}),
-    "rows: text": Variant({"row_init": "text"}),
-    "rows: co-occurrence": Variant({"row_init": "cooccurrence"}),
-    "rows: random": Variant({"row_init": "random"}),
+    "rows: text": Variant({"row_init": "text", "item_vectors": None}),
+    "rows: co-occurrence": Variant({"row_init": "cooccurrence", "item_vectors": None}),
+    "rows: random": Variant({"row_init": "random", "item_vectors": None}),
+    "one learning rate": Variant({"rows_learning_rate": None}),
+    "label smoothing 0.1": Variant({"label_smoothing_factor": 0.1}),
+    "history of 20": Variant({"max_history": 20}),
     "decoder prompt: mask alone": Variant({"decoder_prompt": "mask"}),
     "one mask a sequence": Variant({"masks_per_sequence": 1}),
 }
@@ -81,12 +87,17 @@ class Trial:
     def run(self, configs: Path, flags: Sequence[str]) -> Outcome:
         """Train what is not trained yet."""
         change = VARIANTS[self.variant]
-        stages = ["pretrain", "finetune"] if change.pretrained else ["finetune"]
+        config = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in configs.glob("*.yaml")}
+        pretrained = bool(config["finetune"].get("from_run")) if change.pretrained is None else change.pretrained
+        stages = ["pretrain", "finetune"] if pretrained else ["finetune"]
         for stage in stages:
-            config = yaml.safe_load((configs / f"{stage}.yaml").read_text(encoding="utf-8"))
-            settings = config | change.changes | {"seed": self.seed, "output_dir": str(self.folder / stage)}
+            settings = (
+                config.get(stage, config["finetune"])
+                | change.changes
+                | {"seed": self.seed, "output_dir": str(self.folder / stage)}
+            )
             if stage == "finetune":
-                settings["from_run"] = str(self.folder / "pretrain") if change.pretrained else None
+                settings["from_run"] = str(self.folder / "pretrain") if pretrained else None
             path = self.folder / f"{stage}.yaml"
             begun = (self.folder / stage / "run.json").is_file()
             if begun and yaml.safe_load(path.read_text(encoding="utf-8")) != settings:
@@ -114,7 +125,7 @@ class Trial:
         return errors[-1].removeprefix("error: ")
 
     def outcome(self, stages: Sequence[str]) -> Outcome:
-        """The best validation of the second stage, and the seconds of all."""
+        """The best validation of finetuning, and the seconds of all."""
         seconds = sum(read_json(self.folder / stage / "run.json")["finished"]["seconds"] for stage in stages)
         log = [entry for entry in read_json(self.folder / "finetune" / "log_history.json") if "eval_ndcg@10" in entry]
         best = max(log, key=lambda entry: entry["eval_ndcg@10"])
@@ -196,22 +207,19 @@ def main() -> None:
     """Train all trials, or show the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trials and of what is written")
-    parser.add_argument("--configs", type=Path, help="folder with pretrain.yaml and finetune.yaml")
+    parser.add_argument("--configs", type=Path, help="folder with finetune.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
                         help=f"some of: {', '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="trials at the same time, one thread each")
     parser.add_argument("--table", action="store_true", help="only show the table of --out")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="arguments of both stages")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="arguments of each stage")
     args = parser.parse_args()
     if args.table:
         print(table([Outcome(**row) for row in read_json(args.out / "ablation.json")]), end="")
         return
-    missing = [
-        name for name in ("pretrain.yaml", "finetune.yaml") if not args.configs or not (args.configs / name).is_file()
-    ]
-    if missing:
-        raise ConfigError(f"--configs: {args.configs or 'is missing'}: {' and '.join(missing)} have to be in it")
+    if not args.configs or not (args.configs / "finetune.yaml").is_file():
+        raise ConfigError(f"--configs: {args.configs or 'is missing'}: finetune.yaml has to be in it")
     trials = [
         Trial(variant, seed, args.out / f"{variant.replace(': ', '-').replace(' ', '-')}_seed-{seed}")
         for seed in args.seeds

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ablation import ALONE, BASE, REPOSITORY, Trial, recipe
+from ablation import BASE, REPOSITORY, Trial, recipe
 from make_tables import OURS, QUALITY, SPLITS, Pair, Row, beside, pair_of, put, put_pairs, rows_of_run
 
 from genrec_llm.args import DataArguments
@@ -69,8 +69,7 @@ class Benchmark:
     def train(self, name: str | None, seed: int) -> str:
         """Train a rival, or ours where no name is given; empty, or why it failed."""
         if name is None:
-            variant = BASE if self.config.get("from_run") else ALONE
-            outcome = Trial(variant, seed, self.out / f"seed-{seed}").run(self.configs, [])
+            outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, [])
             return outcome.reason and f"{self.run(seed).parent}: {outcome.reason}"
         source = [field.name for field in fields(DataArguments) if field.name in self.config]
         flags = [word for key in source for word in (f"--{key}", str(self.config[key]))]
