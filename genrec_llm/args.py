@@ -252,6 +252,10 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
         default=False,
         metadata={"help": "Try before training, and double --gradient-accumulation-steps until a micro-batch fits."},
     )
+    choose_last_items_share: bool = field(
+        default=False,
+        metadata={"help": "Choose last_items_share at each validation, by its NDCG@10; the best model keeps its own."},
+    )
     validation_users: int = field(
         default=0, metadata={"help": "Users ranked while training, a fixed sample; 0 ranks all."}
     )
@@ -321,6 +325,10 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
             problems.append(
                 "auto_batch_size: --deepspeed fixes the accumulation when it is read: launch with a file of "
                 "accelerate_configs/"
+            )
+        if self.choose_last_items_share and self.eval_strategy == "no":
+            problems.append(
+                "choose_last_items_share: it is chosen on validation, and eval_strategy is no: leave one of the two out"
             )
         if self.sparse_user_rows:
             problems += self._sparse_problems()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,12 @@ def one_step_scores(model: Any, batch: dict[str, Tensor], layout: PromptLayout, 
     return F.linear(hidden.float(), item_rows(model, layout) if rows is None else rows)
 
 
+Score = Callable[[Sequence[npt.NDArray[np.int64]], npt.NDArray[np.int64]], Tensor]
+"""Asks a model for scores after histories of user rows, `[batch, items]`."""
+
+
 def mixed_scores(
-    score: Callable[[Sequence[npt.NDArray[np.int64]], npt.NDArray[np.int64]], Tensor],
+    score: Score,
     layout: PromptLayout,
     histories: Sequence[npt.NDArray[np.int64]],
     users: npt.NDArray[np.int64],
@@ -116,13 +121,34 @@ def mixed_scores(
     """
     if not layout.last_items_weights:
         return score(histories, users)
-    mixed: Tensor | None = None
-    for asked, weights in layout.contexts(histories):
-        likely = score(asked, users).float().log_softmax(dim=1)
-        likely += torch.from_numpy(weights).to(likely).log()[:, None]
-        mixed = likely if mixed is None else torch.logaddexp(mixed, likely, out=mixed)
-    assert mixed is not None
-    return mixed
+    return next(mixtures(score, layout, [sum(layout.last_items_weights)], histories, users))
+
+
+def mixtures(
+    score: Score,
+    layout: PromptLayout,
+    shares: Sequence[float],
+    histories: Sequence[npt.NDArray[np.int64]],
+    users: npt.NDArray[np.int64],
+) -> Iterator[Tensor]:
+    """Log-probabilities of items after each history, one mixture for each share of the last items, fp32 `[batch, items]`.
+
+    The model is asked once for all of them. See `mixed_scores`.
+
+    Args:
+        layout: with weights of the last items, of which only the proportions count.
+        shares: of at least 0 and less than 1.
+    """
+    (whole, left), *last = layout.contexts(histories)
+    has_items = torch.from_numpy(left < 1)[:, None]  # a history without any is ranked as a whole
+    likely = score(whole, users).float().log_softmax(dim=1)
+    alone = torch.full_like(likely, -torch.inf)
+    for asked, weights in last:
+        weight = torch.from_numpy(weights / sum(layout.last_items_weights)).to(likely).log()[:, None]
+        torch.logaddexp(alone, score(asked, users).float().log_softmax(dim=1).add_(weight), out=alone)
+    for share in shares:
+        rest = has_items.to(likely) * math.log1p(-share)
+        yield torch.logaddexp(likely + rest, alone + math.log(share)) if share else likely.clone()
 
 
 class _MixContexts(LogitsProcessor):

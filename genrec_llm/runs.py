@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from genrec_llm.out_of_memory import explained
 from genrec_llm.prediction import Estimate, estimate_run
 from genrec_llm.processes import ALONE, Processes
 from genrec_llm.provenance import provenance
+from genrec_llm.tasks import last_items_weights
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.vocab import ITEMS_FILE, USERS_FILE
 from genrec_llm.world import agree, from_first
@@ -61,11 +62,11 @@ COURSE = {
         "seed", "global_batch_size", "masks_per_sequence", "last_item_probability", "targets", "user_dropout",
         "learning_rate", "rows_learning_rate", "rows_weight_decay", "weight_decay", "warmup_steps", "lr_scheduler_type",
         "num_train_epochs", "max_steps", "from_run", "bf16", "optim", "label_smoothing_factor",
-        "sparse_user_rows", "packing", "kernels",
+        "sparse_user_rows", "packing", "kernels", "choose_last_items_share",
     ),
 }  # fmt: skip
 """Arguments that change what training does, or what it keeps: a run that goes on from a checkpoint keeps them."""
-_LATER = {"last_items_share": 0.0}
+_LATER = {"last_items_share": 0.0, "choose_last_items_share": False}
 """Of these, what the run.json of earlier releases has not, and what they did."""
 
 
@@ -222,6 +223,10 @@ class RunDirectory:
             if resumed == str(self.path / f"checkpoint-{finished['steps']}") and "finished" in before:
                 # No step was left: what it was made by stays, as far as it was written down then.
                 self.facts, finished = before | {"data": self.facts["data"]}, finished | before["finished"]
+            layout = built.layout
+            if self.training.choose_last_items_share:
+                finished["last_items_share"] = share = trainer.chosen_share()
+                layout = replace(layout, last_items_weights=last_items_weights(share))
             self.facts |= {"finished": finished}
             info = {
                 "stage": self.stage,
@@ -240,7 +245,7 @@ class RunDirectory:
                 model=built.model,
                 tokenizer=built.tokenizer,
                 vocab=self.data.vocab,
-                layout=built.layout,
+                layout=layout,
                 info=info,
             )
             shutil.rmtree(self.path / "final")

@@ -88,6 +88,10 @@ def uniform(seed: int, epoch: int, example: IntArray, draw: int | IntArray) -> n
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+LAST_ITEMS_SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85)
+"""Shares of the last items that validation chooses from."""
+
+
 def last_items_weights(share: float) -> tuple[float, ...]:
     """What the last item alone, the one before it, … weigh in a ranking, `share` together, each 0.85 of the one after."""
     weights = [LAST_ITEMS_DECAY**place for place in range(LAST_ITEMS)]

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from genrec_llm.checkpoints import (
     remove_later,
     write_manifest,
 )
-from genrec_llm.decoding import mask_seen_, mixed_scores, rank_targets, users_at_once
+from genrec_llm.decoding import mask_seen_, mixed_scores, mixtures, rank_targets, users_at_once
 from genrec_llm.errors import ConfigError, ExportError, listed
 from genrec_llm.evaluation import EvalData, user_batches
 from genrec_llm.files import writing
@@ -40,10 +41,11 @@ from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.out_of_memory import fitting_accumulation
 from genrec_llm.sparse_rows import LazyAdamW, exchange, make_sparse, with_dense_gradients
-from genrec_llm.tasks import IGNORED, IntArray, PromptLayout, Task
+from genrec_llm.tasks import IGNORED, LAST_ITEMS_SHARES, IntArray, PromptLayout, Task, last_items_weights
 from genrec_llm.world import Watch, describe_launch, from_first, leave
 
 logger = logging.getLogger(__name__)
+SHARE = "last_items_share"
 
 
 class GenRecTrainer(Seq2SeqTrainer):
@@ -252,11 +254,21 @@ class GenRecTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Rank every validation user once over all processes, seen items removed. Only ranks are gathered, no scores."""
-        ranks = self.rank(self.eval_dataset if eval_dataset is None else eval_dataset)
+        """Rank every validation user once over all processes, seen items removed. Only ranks are gathered, no scores.
+
+        Where the share of the last items is to be chosen, it is the one with the best NDCG@10, and noted as a metric.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        chosen = {}
+        if self.args.choose_last_items_share:
+            of_shares = self._rank(data, LAST_ITEMS_SHARES)
+            best = int(np.argmax([ndcg(ranks, 10).mean() for ranks in of_shares]))
+            ranks, chosen = of_shares[best], {f"{metric_key_prefix}_{SHARE}": LAST_ITEMS_SHARES[best]}
+        else:
+            ranks = self.rank(data)
         values = {f"hit_rate@{k}": hit_rate(ranks, k) for k in (5, 10)} | {f"ndcg@{k}": ndcg(ranks, k) for k in (5, 10)}
         values["mrr"] = reciprocal_rank(ranks)
-        metrics = {f"{metric_key_prefix}_{name}": float(value.mean()) for name, value in values.items()}
+        metrics = {f"{metric_key_prefix}_{name}": float(value.mean()) for name, value in values.items()} | chosen
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -266,6 +278,17 @@ class GenRecTrainer(Seq2SeqTrainer):
 
         The batches follow from the data and their size alone, so that ranks do not depend on the number of processes.
         """
+        return self._rank(data, None, exclude_seen=exclude_seen)[0]
+
+    def chosen_share(self) -> float:
+        """The share of the last items that the model has that is kept: the best one, or that of the last validation."""
+        noted = {entry["step"]: entry[f"eval_{SHARE}"] for entry in self.state.log_history if f"eval_{SHARE}" in entry}
+        step = self.state.best_global_step if self.args.load_best_model_at_end else max(noted, default=None)
+        return float(noted.get(step, 0.0))
+
+    def _rank(self, data: EvalData, shares: Sequence[float] | None, *, exclude_seen: bool = True) -> list[Ranks]:
+        """As `rank`, for each share of the last items, or for that of the layout alone."""
+        layout = replace(self.layout, last_items_weights=last_items_weights(0.5)) if shares else self.layout
         model = self._wrap_model(self.model_wrapped, training=False)
         if not self.is_in_train and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -273,7 +296,7 @@ class GenRecTrainer(Seq2SeqTrainer):
         world, me = self.args.world_size, self.args.process_index
         most = users_at_once(data.num_items, self.args.per_device_eval_batch_size)
         batches = user_batches(data, np.arange(len(data.targets)), most)
-        counts = torch.zeros(2, len(data.targets), dtype=torch.long)
+        counts = torch.zeros(len(shares or [0]), 2, len(data.targets), dtype=torch.long)
 
         def score(histories: Sequence[IntArray], users: IntArray) -> Tensor:
             return model(**self._prepare_inputs(as_tensors(self.layout.encode_histories(histories, users)))).logits
@@ -281,15 +304,17 @@ class GenRecTrainer(Seq2SeqTrainer):
         for first in range(0, len(batches), world):
             # Under ZeRO-3 every process takes part in every forward: those without a batch left repeat one, uncounted.
             users = batches[(first + me) % len(batches)]
+            asked = [data.histories[user] for user in users], data.users[users]
             with torch.no_grad():
-                scores = mixed_scores(score, self.layout, [data.histories[user] for user in users], data.users[users])
-            if exclude_seen:
-                mask_seen_(scores, [data.seen[user] for user in users])
-            better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
-            if first + me < len(batches):
-                counts[:, torch.from_numpy(users)] = torch.stack([better, tied]).cpu()
+                ranked = mixtures(score, layout, shares, *asked) if shares else [mixed_scores(score, layout, *asked)]
+                for place, scores in enumerate(ranked):
+                    if exclude_seen:
+                        mask_seen_(scores, [data.seen[user] for user in users])
+                    better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
+                    if first + me < len(batches):
+                        counts[place][:, torch.from_numpy(users)] = torch.stack([better, tied]).cpu()
         whole = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu().numpy()
-        return Ranks(better=whole[0], tied=whole[1], candidates=data.num_items)
+        return [Ranks(better=better, tied=tied, candidates=data.num_items) for better, tied in whole]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

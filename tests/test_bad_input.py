@@ -329,6 +329,7 @@ def test_going_on_from_a_checkpoint_with_other_settings(run: Path, home: Path, r
         "masks_per_sequence": 2, "last_item_probability": 0.5, "targets": "last", "user_dropout": 0.3, "learning_rate": 0.5,
         "rows_learning_rate": 0.5, "rows_weight_decay": 0.5, "weight_decay": 0.5, "warmup_steps": 3, "last_items_share": 0.5,
         "lr_scheduler_type": "constant", "num_train_epochs": 7, "max_steps": 9, "bf16": True, "optim": "sgd",
+        "choose_last_items_share": True,
     }  # fmt: skip
     more = [word for name, value in changed.items() for word in (f"--{name}", value)]
     with untouched(run):

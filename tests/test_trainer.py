@@ -29,11 +29,12 @@ from genrec_llm.checkpoints import MANIFEST, is_complete, last_complete_checkpoi
 from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, ExportError
 from genrec_llm.evaluation import EvalData, rank_recommender
+from genrec_llm.files import read_json
 from genrec_llm.loading import Loaded
 from genrec_llm.metrics import Ranks, hit_rate, ndcg, reciprocal_rank
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import load_run_data
-from genrec_llm.tasks import IGNORED, MaskedItem, NextItem, Task
+from genrec_llm.tasks import IGNORED, LAST_ITEMS_SHARES, MaskedItem, NextItem, Task, last_items_weights
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.world import describe_launch
 
@@ -330,6 +331,47 @@ def test_a_large_catalogue_is_validated_for_fewer_users_at_a_time(
     hook.remove()
     assert max(sizes) <= 7 and sum(sizes) == USERS
     assert np.array_equal(ranks.better, whole.better) and np.array_equal(ranks.tied, whole.tied)
+
+
+def test_the_share_of_the_last_items_is_the_one_that_ranks_best(trainer, data: Data) -> None:
+    built, held_out = trainer(eval_strategy="epoch", choose_last_items_share=True), data.held_out("validation")
+    asked: list[int] = []
+    hook = built.model.register_forward_hook(lambda *given: asked.append(len(given[-1].logits)))
+    metrics = built.evaluate(held_out)
+    hook.remove()
+    assert sum(asked) == 5 * USERS, "the model is asked once for all shares"
+    found = {}
+    for share in LAST_ITEMS_SHARES:
+        built.layout = replace(built.layout, last_items_weights=last_items_weights(share))
+        found[share] = float(ndcg(built.rank(held_out), 10).mean())
+    assert len(set(found.values())) > 2
+    assert metrics["eval_ndcg@10"] == pytest.approx(max(found.values()), abs=1e-9)
+    assert metrics["eval_last_items_share"] == max(found, key=lambda share: found[share])
+
+
+@pytest.mark.parametrize("best_kept", [True, False])
+def test_the_model_that_is_kept_has_the_share_that_was_chosen_for_it(
+    home: Path, tmp_path: Path, best_kept: bool
+) -> None:
+    keep = () if best_kept else ("--load-best-model-at-end", "false")
+    run = tiny.train(home / "t5-untied", tmp_path, tmp_path / "run", "--choose-last-items-share", "true",
+                     "--num-train-epochs", 3, *keep)  # fmt: skip
+    log = [entry for entry in read_json(run / "log_history.json") if "eval_last_items_share" in entry]
+    assert len(log) == 3
+    kept = max(log, key=lambda entry: entry["eval_ndcg@10"]) if best_kept else log[-1]
+    share, info = kept["eval_last_items_share"], read_json(run / "adapter" / "genrec.json")
+    assert read_json(run / "run.json")["finished"]["last_items_share"] == share
+    assert sum(info["prompt"]["last_items_weights"]) == pytest.approx(share)
+    assert info["training"][-1]["settings"]["last_items_share"] == share
+
+
+def test_a_share_that_is_given_is_not_to_be_chosen(trainer) -> None:
+    with pytest.raises(ConfigError, match=r"last_items_share: 0\.5 is given, and choose_last_items_share as well"):
+        trainer(eval_strategy="epoch", choose_last_items_share=True, model={"last_items_share": 0.5})
+    with pytest.raises(
+        ConfigError, match="choose_last_items_share: it is chosen on validation, and eval_strategy is no"
+    ):
+        trainer(choose_last_items_share=True)
 
 
 def test_every_batch_asks_the_model_equally_often_whatever_its_histories(trainer, data: Data) -> None:

@@ -55,6 +55,8 @@ def stage_facts(run: Mapping[str, Any]) -> dict[str, Any]:
         if group in ("data", "model", "training", run["stage"])
     }
     finished = run["finished"]
+    if "last_items_share" in finished:  # validation chose it
+        settings["last_items_share"] = finished["last_items_share"]
     return {
         **{name: run[name] for name in _FACTS if name in run},
         "settings": settings,
