@@ -346,6 +346,11 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
                 "gradient_checkpointing_kwargs: re-entrant checkpointing loses the gradient from packed decoder prompts to "
                 "the encoder: leave use_reentrant false, or add --packing false or --kernels false"
             )
+        if self.load_best_model_at_end and self.eval_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise ConfigError(
+                f"save_steps: {self.save_steps}, but eval_steps {self.eval_steps}: what validates best has to be saved "
+                "to be kept: make them equal, or give --load-best-model-at-end false"
+            )
         if self.global_batch_size < self.world_size * self.gradient_accumulation_steps:
             raise ConfigError(
                 f"global_batch_size: {self.global_batch_size} examples cannot be shared by {self.world_size} processes x "

@@ -83,7 +83,8 @@ def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: D
     """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned."""
     if args.last_items_share and training.choose_last_items_share:
         raise ConfigError(
-            f"last_items_share: {args.last_items_share} is given, and choose_last_items_share as well: leave one out"
+            f"last_items_share: {args.last_items_share}, and choose_last_items_share as well: give --last-items-share 0 or "
+            "--choose-last-items-share false"
         )
     revision = pinned_revision(args.backbone, args.backbone_revision)
     dtype = torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32

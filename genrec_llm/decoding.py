@@ -147,8 +147,8 @@ def mixtures(
         weight = torch.from_numpy(weights / sum(layout.last_items_weights)).to(likely).log()[:, None]
         torch.logaddexp(alone, score(asked, users).float().log_softmax(dim=1).add_(weight), out=alone)
     for share in shares:
-        rest = has_items.to(likely) * math.log1p(-share)
-        yield torch.logaddexp(likely + rest, alone + math.log(share)) if share else likely.clone()
+        mixed = likely + has_items.to(likely) * math.log1p(-share)
+        yield torch.logaddexp(mixed, alone + math.log(share), out=mixed) if share else mixed
 
 
 class _MixContexts(LogitsProcessor):

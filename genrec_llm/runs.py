@@ -224,8 +224,8 @@ class RunDirectory:
                 # No step was left: what it was made by stays, as far as it was written down then.
                 self.facts, finished = before | {"data": self.facts["data"]}, finished | before["finished"]
             layout = built.layout
-            if self.training.choose_last_items_share:
-                finished["last_items_share"] = share = trainer.chosen_share()
+            if (share := trainer.chosen_share()) is not None:
+                finished["last_items_share"] = share
                 layout = replace(layout, last_items_weights=last_items_weights(share))
             self.facts |= {"finished": finished}
             info = {

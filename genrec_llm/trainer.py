@@ -46,6 +46,7 @@ from genrec_llm.world import Watch, describe_launch, from_first, leave
 
 logger = logging.getLogger(__name__)
 SHARE = "last_items_share"
+"""What validation notes the share of the last items under that it chose."""
 
 
 class GenRecTrainer(Seq2SeqTrainer):
@@ -280,15 +281,17 @@ class GenRecTrainer(Seq2SeqTrainer):
         """
         return self._rank(data, None, exclude_seen=exclude_seen)[0]
 
-    def chosen_share(self) -> float:
-        """The share of the last items that the model has that is kept: the best one, or that of the last validation."""
+    def chosen_share(self) -> float | None:
+        """The share of the last items that validation chose for the model that is kept, the best or the last; None for none."""
         noted = {entry["step"]: entry[f"eval_{SHARE}"] for entry in self.state.log_history if f"eval_{SHARE}" in entry}
         step = self.state.best_global_step if self.args.load_best_model_at_end else max(noted, default=None)
-        return float(noted.get(step, 0.0))
+        return noted[step] if noted else None
 
     def _rank(self, data: EvalData, shares: Sequence[float] | None, *, exclude_seen: bool = True) -> list[Ranks]:
         """As `rank`, for each share of the last items, or for that of the layout alone."""
-        layout = replace(self.layout, last_items_weights=last_items_weights(0.5)) if shares else self.layout
+        layout = self.layout
+        if shares:  # of these weights only the proportions count
+            layout = replace(layout, last_items_weights=last_items_weights(0.5))
         model = self._wrap_model(self.model_wrapped, training=False)
         if not self.is_in_train and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -296,7 +299,7 @@ class GenRecTrainer(Seq2SeqTrainer):
         world, me = self.args.world_size, self.args.process_index
         most = users_at_once(data.num_items, self.args.per_device_eval_batch_size)
         batches = user_batches(data, np.arange(len(data.targets)), most)
-        counts = torch.zeros(len(shares or [0]), 2, len(data.targets), dtype=torch.long)
+        counts = torch.zeros(len(shares) if shares else 1, 2, len(data.targets), dtype=torch.long)
 
         def score(histories: Sequence[IntArray], users: IntArray) -> Tensor:
             return model(**self._prepare_inputs(as_tensors(self.layout.encode_histories(histories, users)))).logits

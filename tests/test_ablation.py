@@ -51,6 +51,17 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> No
     assert kept.read_text() == "seed: 0\nlearning_rate: 0.5\n"
 
 
+def test_a_run_with_other_flags_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, trial = tiny.save_stages(tmp_path), ablation.Trial(ablation.ALONE, 0, tmp_path / "out")
+    monkeypatch.setattr(ablation.Trial, "_train", lambda *_: "stopped here")
+    flags = ["--without-last", "1"]
+    assert trial.run(configs, flags).reason == "stopped here"
+    (trial.folder / "finetune").mkdir()
+    write_json(trial.folder / "finetune" / "run.json", {})
+    assert trial.run(configs, flags).reason == "stopped here"
+    assert "this run has other settings" in trial.run(configs, []).reason
+
+
 def test_a_variant_pretrains_where_it_or_the_configuration_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +77,10 @@ def test_a_variant_pretrains_where_it_or_the_configuration_says_so(
     trial = ablation.Trial(BASE, 1, tmp_path / "one stage")
     assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune"]
     assert "from_run: null" in (trial.folder / "finetune.yaml").read_text()
+    (configs / "finetune.yaml").write_text(config)
+    missing = ablation.Trial(BASE, 1, tmp_path / "missing").run(configs, [])
+    assert missing.reason == f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"
+    (configs / "finetune.yaml").write_text(config.replace("from_run: elsewhere\n", ""))
     trial = ablation.Trial("masked pretraining", 1, tmp_path / "other")
     assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune", "pretrain"]
     assert "masks_per_sequence: 3" in (trial.folder / "pretrain.yaml").read_text()

@@ -11,7 +11,20 @@ import make_tables
 import numpy as np
 import pytest
 import tiny
-from make_tables import BEGIN, END, Row, checked, lines_of, pair_of, put, row_of, tables, with_tables
+from make_tables import (
+    BEGIN,
+    END,
+    Row,
+    checked,
+    lines_of,
+    pair_of,
+    put,
+    put_pairs,
+    read_pairs,
+    row_of,
+    tables,
+    with_tables,
+)
 
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.evaluation import build_report, rank_recommender
@@ -141,7 +154,7 @@ def test_rows_and_pairs_come_from_saved_reports(tmp_path: Path, monkeypatch: pyt
         pair_of(reports[:1], [theirs], ["a", "b"], [])
 
 
-def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user() -> None:
+def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user(tmp_path: Path) -> None:
     data = tiny.eval_data(users=60, items=40, longest=8, split="test")
 
     class Noise:
@@ -159,8 +172,12 @@ def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user() -> None:
     pair = pair_of(ours, rivals, ["genrec", "SASRec"], [0, 1])
     each = [[ndcg(report.ranks, 10) for report in reports] for reports in (ours, rivals)]
     assert pair.mean == pytest.approx(np.mean(each[0]) - np.mean(each[1]), abs=1e-12)
-    ones = [pair_of([a], [b], ["genrec", "SASRec"], [0]) for a, b in zip(ours, rivals, strict=True)]
-    assert pair.high - pair.low < min(one.high - one.low for one in ones)  # noise of seeds is averaged away
+    alone = [pair_of([a], [b], ["genrec", "SASRec"], [0]) for a, b in zip(ours, rivals, strict=True)]
+    assert pair.high - pair.low < min(one.high - one.low for one in alone)  # noise of seeds is averaged away
+    put_pairs(tmp_path / "quality.json", [pair])
+    assert read_pairs(put_pairs(tmp_path / "quality.json", [alone[0]])) == [pair], "one of its seeds again leaves it"
+    more = replace(alone[0], seeds=[0, 1, 2])
+    assert read_pairs(put_pairs(tmp_path / "quality.json", [more])) == [more]
     assert "- genrec - SASRec, seeds 0 1: " in tables(
         [row("genrec", 0, 0.1)], [replace(pair, dataset="toy", protocol="seen removed")], {}
     )

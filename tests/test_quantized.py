@@ -323,8 +323,12 @@ def test_a_run_of_an_earlier_release_goes_on(home: Path, tmp_path: Path) -> None
     """Its run.json does not have the keys."""
     out = finetune(home, tmp_path / "old", "--max-steps", 1)
     facts = json.loads((out / "run.json").read_text())
-    for later in ("quantization", "last_items_share"):
-        del facts["arguments"]["model"][later]
+    for part, later in (
+        ("model", "quantization"),
+        ("model", "last_items_share"),
+        ("training", "choose_last_items_share"),
+    ):
+        del facts["arguments"][part][later]
     (out / "run.json").write_text(json.dumps(facts))
     finetune(home, out, "--max-steps", 1)
 

@@ -157,13 +157,13 @@ def test_a_killed_process_is_named_by_those_that_are_left(ground: Path, tmp_path
 
 def test_a_stuck_process_is_named_and_ends_the_run(ground: Path, tmp_path: Path) -> None:
     """SIGSTOP; a tenth of --ddp-timeout without a sign of life is the limit."""
-    process = started(command(ground, "ddp", tmp_path / "run", "--max-steps", "100000", "--ddp-timeout", "60"))
+    process = started(command(ground, "ddp", tmp_path / "run", "--max-steps", "100000", "--ddp-timeout", "120"))
     read_until(process, step_line)
     victim = workers(process.pid)[1]
     os.kill(victim, signal.SIGSTOP)
     code, output = end_of(process)
     assert code != 0
-    assert re.search(rf"error: process 1 on \S+ \(pid {victim}, .*\) gave no sign of life for 6 s", output), output[
+    assert re.search(rf"error: process 1 on \S+ \(pid {victim}, .*\) gave no sign of life for 12 s", output), output[
         -3000:
     ]
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -333,40 +333,57 @@ def test_a_large_catalogue_is_validated_for_fewer_users_at_a_time(
     assert np.array_equal(ranks.better, whole.better) and np.array_equal(ranks.tied, whole.tied)
 
 
-def test_the_share_of_the_last_items_is_the_one_that_ranks_best(trainer, data: Data) -> None:
-    built, held_out = trainer(eval_strategy="epoch", choose_last_items_share=True), data.held_out("validation")
-    asked: list[int] = []
+def test_each_share_of_the_last_items_ranks_as_a_layout_with_that_share(trainer, data: Data) -> None:
+    built, held_out, asked = trainer(), data.held_out("validation"), []
     hook = built.model.register_forward_hook(lambda *given: asked.append(len(given[-1].logits)))
-    metrics = built.evaluate(held_out)
+    of_shares = built._rank(held_out, LAST_ITEMS_SHARES)
     hook.remove()
     assert sum(asked) == 5 * USERS, "the model is asked once for all shares"
-    found = {}
-    for share in LAST_ITEMS_SHARES:
+    for share, ranks in zip(LAST_ITEMS_SHARES, of_shares, strict=True):
         built.layout = replace(built.layout, last_items_weights=last_items_weights(share))
-        found[share] = float(ndcg(built.rank(held_out), 10).mean())
-    assert len(set(found.values())) > 2
-    assert metrics["eval_ndcg@10"] == pytest.approx(max(found.values()), abs=1e-9)
-    assert metrics["eval_last_items_share"] == max(found, key=lambda share: found[share])
+        expected = built.rank(held_out)
+        assert np.array_equal(ranks.better, expected.better) and np.array_equal(ranks.tied, expected.tied)
+    assert len({ranks.better.tobytes() for ranks in of_shares}) == len(LAST_ITEMS_SHARES)
 
 
-@pytest.mark.parametrize("best_kept", [True, False])
+@pytest.mark.parametrize(("best_kept", "share"), [(True, 0.7), (False, 0.15)])
 def test_the_model_that_is_kept_has_the_share_that_was_chosen_for_it(
-    home: Path, tmp_path: Path, best_kept: bool
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_kept: bool, share: float
 ) -> None:
+    """Each epoch another share ranks best; the second epoch is the best one."""
+    best = iter([(0.3, 2), (0.7, 0), (0.15, 1)])
+
+    def rank(self: GenRecTrainer, data: EvalData, shares: Sequence[float]) -> list[Ranks]:
+        wins, better = next(best)
+        nobody = np.zeros(len(data.targets), dtype=np.int64)
+        return [Ranks(nobody + (better if each == wins else 5), nobody, data.num_items) for each in shares]
+
+    monkeypatch.setattr(GenRecTrainer, "_rank", rank)
     keep = () if best_kept else ("--load-best-model-at-end", "false")
     run = tiny.train(home / "t5-untied", tmp_path, tmp_path / "run", "--choose-last-items-share", "true",
                      "--num-train-epochs", 3, *keep)  # fmt: skip
     log = [entry for entry in read_json(run / "log_history.json") if "eval_last_items_share" in entry]
-    assert len(log) == 3
-    kept = max(log, key=lambda entry: entry["eval_ndcg@10"]) if best_kept else log[-1]
-    share, info = kept["eval_last_items_share"], read_json(run / "adapter" / "genrec.json")
-    assert read_json(run / "run.json")["finished"]["last_items_share"] == share
-    assert sum(info["prompt"]["last_items_weights"]) == pytest.approx(share)
-    assert info["training"][-1]["settings"]["last_items_share"] == share
+    assert [entry["eval_last_items_share"] for entry in log] == [0.3, 0.7, 0.15]
+    assert log[1]["eval_ndcg@10"] == 1.0 and read_json(run / "run.json")["finished"]["last_items_share"] == share
+    tiny.recipe("merge", "--run", run)
+    for folder in ("adapter", "merged"):
+        layout = Recommender.from_pretrained(run / folder, device="cpu").layout
+        assert sum(layout.last_items_weights) == pytest.approx(share)
+        words = f"history {1 - share:g}, its last 4 items alone {share:g}, chosen on validation"
+        assert words in (run / folder / "README.md").read_text()
+
+
+def test_what_is_kept_for_its_validation_has_to_be_saved(trainer) -> None:
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 2}
+    with pytest.raises(ConfigError, match="save_steps: 2, but eval_steps 1: what validates best has to be saved"):
+        trainer(load_best_model_at_end=True, **steps)
+    trainer(load_best_model_at_end=False, **steps)
 
 
 def test_a_share_that_is_given_is_not_to_be_chosen(trainer) -> None:
-    with pytest.raises(ConfigError, match=r"last_items_share: 0\.5 is given, and choose_last_items_share as well"):
+    with pytest.raises(
+        ConfigError, match=r"last_items_share: 0\.5, and choose_last_items_share as well: give --last-items-share 0 or"
+    ):
         trainer(eval_strategy="epoch", choose_last_items_share=True, model={"last_items_share": 0.5})
     with pytest.raises(
         ConfigError, match="choose_last_items_share: it is chosen on validation, and eval_strategy is no"

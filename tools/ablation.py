@@ -6,8 +6,8 @@
     python tools/ablation.py --out runs/ablation/beauty --table
 
 `--configs` is a folder with finetune.yaml, and pretrain.yaml where that names a `from_run`; each variant trains them with
-its changes, from the seeds that are named, in run directories of its own; a pretraining without a file of its own takes
-finetune.yaml's settings. Killed at any time, the same command goes on. The figures are those of the best validation of
+its changes, from the seeds that are named, in run directories of its own; "masked pretraining" of a recipe that has none
+takes finetune.yaml's settings. Killed at any time, the same command goes on. The figures are those of the best validation of
 finetuning; the test split is not opened. A variant that the configuration cannot have (rows from text with a backbone that
 reads none, adapters on random weights) stands in the table with the reason. What stands behind `--` goes to each stage.
 Written to --out: ablation.md, ablation.json, ablation.png.
@@ -87,8 +87,15 @@ class Trial:
     def run(self, configs: Path, flags: Sequence[str]) -> Outcome:
         """Train what is not trained yet."""
         change = VARIANTS[self.variant]
-        config = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in configs.glob("*.yaml")}
-        pretrained = bool(config["finetune"].get("from_run")) if change.pretrained is None else change.pretrained
+        files = {stage: configs / f"{stage}.yaml" for stage in ("pretrain", "finetune")}
+        config = {
+            stage: yaml.safe_load(file.read_text(encoding="utf-8")) for stage, file in files.items() if file.is_file()
+        }
+        two_stages = bool(config["finetune"].get("from_run"))
+        if two_stages and "pretrain" not in config:
+            reason = f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"
+            return Outcome(self.variant, self.seed, reason=reason)
+        pretrained = two_stages if change.pretrained is None else change.pretrained
         stages = ["pretrain", "finetune"] if pretrained else ["finetune"]
         for stage in stages:
             settings = (
@@ -96,15 +103,18 @@ class Trial:
                 | change.changes
                 | {"seed": self.seed, "output_dir": str(self.folder / stage)}
             )
-            if stage == "finetune":
-                settings["from_run"] = str(self.folder / "pretrain") if pretrained else None
+            settings["from_run"] = str(self.folder / "pretrain") if pretrained and stage == "finetune" else None
             path = self.folder / f"{stage}.yaml"
             begun = (self.folder / stage / "run.json").is_file()
-            if begun and yaml.safe_load(path.read_text(encoding="utf-8")) != settings:
+            with_flags = path.with_suffix(".flags.json")
+            before = read_json(with_flags) if with_flags.is_file() else []
+            if begun and (yaml.safe_load(path.read_text(encoding="utf-8")), before) != (settings, [*flags]):
                 reason = f"{path}: this run has other settings: choose another --out, or remove {self.folder}"
                 return Outcome(self.variant, self.seed, reason=reason)
             with atomic_file(path) as temporary:
                 temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            if flags:
+                write_json(with_flags, [*flags])
             if not finished(self.folder / stage) and (reason := self._train(stage, flags)):
                 return Outcome(self.variant, self.seed, reason=reason)
         return self.outcome(stages)

@@ -7,7 +7,7 @@
 `--configs` is a folder with finetune.yaml, and pretrain.yaml where that names a `from_run`; `--rivals` are entries of
 tools/rivals.yaml, trained on its data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it
 measured goes to docs/results/quality.json, each row with the command of this tool that makes its seed again, with the paired
-differences over all seeds that the folder has.
+differences over the seeds that are named.
 Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
 validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
 models, each chosen by validation with seen items removed, with the items of the history kept.
@@ -118,18 +118,17 @@ class Benchmark:
             for row, name in zip(rows, names, strict=True)
         ]
 
-    def pairs(self) -> list[Pair]:
-        """Ours minus each recommender that stands beside it, over all seeds of the folder that have been ranked with it."""
+    def pairs(self, seeds: Sequence[int]) -> list[Pair]:
+        """Ours minus each recommender that stands beside it, over the seeds that have it."""
         found: dict[str, list[tuple[int, EvalReport, EvalReport]]] = {}
-        for seed in sorted(int(folder.name.removeprefix("seed-")) for folder in self.out.glob("seed-*")):
-            if (self.report(seed) / "report.json").is_file():
-                ours, *others = read_reports(self.report(seed))
-                for name, other in beside(ours, others, self.model):
-                    found.setdefault(name, []).append((seed, ours, other))
+        for seed in seeds:
+            ours, *others = read_reports(self.report(seed))
+            for name, other in beside(ours, others, self.model):
+                found.setdefault(name, []).append((seed, ours, other))
         pairs = []
         for name, ranked in found.items():
-            seeds, ours_of, theirs = zip(*ranked, strict=True)
-            pairs.append(pair_of(ours_of, theirs, [self.model, name], list(seeds)))
+            of, ours_of, theirs = zip(*ranked, strict=True)
+            pairs.append(pair_of(ours_of, theirs, [self.model, name], list(of)))
         return pairs
 
 
@@ -169,7 +168,7 @@ def main() -> None:
     for seed in args.seeds:
         benchmark.rank(seed)
         put(args.quality, benchmark.rows(seed))
-    put_pairs(args.quality, benchmark.pairs())
+    put_pairs(args.quality, benchmark.pairs(args.seeds))
     print(f"{counted(len(args.seeds), 'seed')} in {args.quality}")
     print("Next: python tools/make_tables.py")
 

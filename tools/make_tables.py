@@ -11,7 +11,7 @@
 the baselines that stand beside it. `add --report` takes one saved `EvalReport`. A row with the same data set, split, model,
 protocol and seed is replaced. `pair` takes the folders of two saved reports and writes the paired difference of their
 NDCG@10, ours minus rival, with its bootstrap interval over users into docs/results/quality_pairs.json, in the place of the
-one between these models; tools/benchmark.py writes that of several seeds.
+one between these models, unless that is of this seed and others; tools/benchmark.py writes that of several seeds.
 """
 
 from __future__ import annotations
@@ -261,9 +261,16 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
-    """Add pairs to the file beside quality.json, which is returned, in the place of those with the same key."""
+    """Add pairs to the file beside quality.json, which is returned, in the place of those with the same key.
+
+    One of several seeds stays where the new one has only some of them.
+    """
     path = pairs_beside(quality)
-    pairs = {_identity(pair): pair for pair in (*read_pairs(path), *new)}
+    pairs = {_identity(pair): pair for pair in read_pairs(path)}
+    for pair in new:
+        there = pairs.get(_identity(pair))
+        if there is None or not set(pair.seeds) < set(there.seeds):
+            pairs[_identity(pair)] = pair
     write_json(path, [asdict(pair) for pair in pairs.values()])
     return path
 
@@ -354,7 +361,7 @@ def _digits(value: float) -> str:
 def _pair_lines(pairs: Sequence[Pair]) -> list[str]:
     if not pairs:
         return []
-    text = ["Paired over users, NDCG@10, with 95 % bootstrap intervals:", ""]
+    text = ["Paired over users, NDCG@10, with 95 % bootstrap intervals; of several seeds, a user's mean over them:", ""]
     for pair in pairs:
         seeds = (
             f", {'seed' if len(pair.seeds) == 1 else 'seeds'} {' '.join(map(str, pair.seeds))}" if pair.seeds else ""

@@ -36,7 +36,7 @@ _SETTINGS = {
     "training": (
         "seed", "learning_rate", "rows_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
         "rows_weight_decay", "optim", "label_smoothing_factor", "num_train_epochs", "max_steps", "early_stopping_patience",
-        "metric_for_best_model", "load_best_model_at_end", "user_dropout", "validation_users",
+        "metric_for_best_model", "load_best_model_at_end", "user_dropout", "validation_users", "choose_last_items_share",
     ),
     "pretrain": ("masks_per_sequence", "last_item_probability"),
     "finetune": ("targets",),

@@ -78,7 +78,8 @@ def _stage_rows(stage: Mapping[str, Any], *, first: bool) -> dict[str, str]:
         "first item rows": _ROW_INITS[stage["row_init"]] if first else "as the stage before left them",
         "item rows in and out": "one table and a learned scale" if settings["tie_item_rows"] else "two tables",
         "decoder prompt": "mask and last item" if settings["decoder_prompt"] == "last-item" else "mask",
-        "ranking": _ranking(settings.get("last_items_share") or 0.0),
+        "ranking": _ranking(settings.get("last_items_share") or 0.0)
+        + (", chosen on validation" if settings.get("choose_last_items_share") else ""),
         "steps": f"{stage['steps']:,}, {stage['epochs']:g} epochs; {_asked_for(settings)}",
         "global batch": f"{launch.get('global_batch_size', 'not recorded')} examples",
         "learning rate": f"{rate:g}; rows {rate if rows_rate is None else rows_rate:g}; {settings['lr_scheduler_type']}, "
