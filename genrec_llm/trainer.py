@@ -282,7 +282,7 @@ class GenRecTrainer(Seq2SeqTrainer):
         return self._rank(data, None, exclude_seen=exclude_seen)[0]
 
     def chosen_share(self) -> float | None:
-        """The share of the last items that validation chose for the model that is kept, the best or the last; None for none."""
+        """The share of the last items that validation chose for the kept model, the best or the last; None for none."""
         noted = {entry["step"]: entry[f"eval_{SHARE}"] for entry in self.state.log_history if f"eval_{SHARE}" in entry}
         step = self.state.best_global_step if self.args.load_best_model_at_end else max(noted, default=None)
         return noted[step] if noted else None
