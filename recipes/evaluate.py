@@ -83,9 +83,13 @@ def main() -> None:
     if not processes.first:
         return
 
-    # Report, by the first process
+    # Report, by the first process; only our model reads no more than its last items
+    whole = replace(held_out, max_history=None)
     ours, *others = (
-        build_report(name, each, held_out, exclude_seen=not args.keep_seen) for name, each in ranked.items()
+        build_report(
+            name, each, held_out if name.startswith(recommender.name) else whole, exclude_seen=not args.keep_seen
+        )
+        for name, each in ranked.items()
     )
     generated = GeneratedLists.compare(lists, ranked[ours.name].top[asked], scores, held_out.targets[asked])
     print(write_summary(out, ours, others, generated, facts | {"model": describe_measured(run), "rivals": made}))

@@ -87,6 +87,8 @@ def test_with_last_items_in_our_ranking_each_side_is_also_ranked_in_the_other_wa
     assert too.name == "hgn, last items too"
     np.testing.assert_allclose(np.exp(too.scores(histories, users)), likely, rtol=1e-4)
     assert EvalReport.load(out / "hgn,_last_items_too").ranks.better.tolist() == ranked(too, users)
+    shown = {path.parent.name: EvalReport.load(path.parent).protocol.max_history for path in out.glob("*/report.json")}
+    assert {name: most for name, most in shown.items() if most} == {"GenRec": 50, "GenRec,_history_alone": 50}
     ranks = [EvalReport.load(out / name).ranks.better.tolist() for name in ("GenRec", "hgn")]
     assert ranks[0] != ranked(mixed, asked.users) and ranks[1] != ranked(too, users)
 
