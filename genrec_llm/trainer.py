@@ -308,14 +308,15 @@ class GenRecTrainer(Seq2SeqTrainer):
             # Under ZeRO-3 every process takes part in every forward: those without a batch left repeat one, uncounted.
             users = batches[(first + me) % len(batches)]
             asked = [data.histories[user] for user in users], data.users[users]
+            targets, found = torch.from_numpy(data.targets[users]).to(self.args.device), []
             with torch.no_grad():
                 ranked = mixtures(score, layout, shares, *asked) if shares else [mixed_scores(score, layout, *asked)]
-                for place, scores in enumerate(ranked):
+                for scores in ranked:
                     if exclude_seen:
                         mask_seen_(scores, [data.seen[user] for user in users])
-                    better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
-                    if first + me < len(batches):
-                        counts[place][:, torch.from_numpy(users)] = torch.stack([better, tied]).cpu()
+                    found.append(torch.stack(rank_targets(scores, targets)))
+            if first + me < len(batches):
+                counts[:, :, torch.from_numpy(users)] = torch.stack(found).cpu()
         whole = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu().numpy()
         return [Ranks(better=better, tied=tied, candidates=data.num_items) for better, tied in whole]
 

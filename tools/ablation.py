@@ -58,8 +58,8 @@ VARIANTS = {
     "rows: co-occurrence": Variant({"row_init": "cooccurrence", "item_vectors": None}),
     "rows: random": Variant({"row_init": "random", "item_vectors": None}),
     "one learning rate": Variant({"rows_learning_rate": None}),
-    "label smoothing 0.1": Variant({"label_smoothing_factor": 0.1}),
-    "history of 20": Variant({"max_history": 20}),
+    "no label smoothing": Variant({"label_smoothing_factor": 0.0}),
+    "history of 50": Variant({"max_history": 50}),
     "decoder prompt: mask alone": Variant({"decoder_prompt": "mask"}),
     "one mask a sequence": Variant({"masks_per_sequence": 1}),
 }
