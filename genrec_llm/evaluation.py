@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,13 +141,29 @@ def rank_recommender(
         better, tied = rank_targets(scores, torch.from_numpy(data.targets[users]).to(scores.device))
         return better.cpu().numpy(), tied.cpu().numpy(), top_items(scores, k)[0].cpu().numpy()
 
+    better, tied, top = each_user(rank_batch, data, recommender.name, batch_size, processes)
+    return RankedUsers(Ranks(better, tied, data.num_items), top)
+
+
+def each_user(
+    work: Callable[[NDArray[np.int64]], tuple[NDArray[Any], ...]],
+    data: EvalData,
+    name: str,
+    batch_size: int,
+    processes: Processes = ALONE,
+) -> tuple[NDArray[Any], ...]:
+    """What `work` finds for batches of users, each array `[users in the batch, …]`, as `[users, …]` in the order of `data`.
+
+    Args:
+        name: of the progress bar.
+        batch_size, processes: see `rank_recommender`.
+    """
     batch_size = users_at_once(data.num_items, batch_size)
     batches = user_batches(data, np.arange(len(data.targets)), batch_size)
     at_once = max(1, MOST_SCORES_AT_ONCE // (batch_size * data.num_items))
-    ranked = processes.map(rank_batch, batches, name=recommender.name, at_once=at_once)
+    found = processes.map(work, batches, name=name, at_once=at_once)
     places = np.argsort(np.concatenate(batches))
-    better, tied, top = (np.concatenate(parts)[places] for parts in zip(*ranked, strict=True))
-    return RankedUsers(Ranks(better, tied, data.num_items), top)
+    return tuple(np.concatenate(parts)[places] for parts in zip(*found, strict=True))
 
 
 def user_batches(data: EvalData, asked: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:

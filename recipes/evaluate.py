@@ -70,10 +70,17 @@ def main() -> None:
             rivals.append(WithoutUsers(recommender))
         if recommender.layout.last_items_weights:
             rivals.append(HistoryAlone(recommender))
-            trained += [LastItemsToo(rival, recommender.layout) for rival in trained]
         ranked |= {rival.name: rank_recommender(rival, held_out, **how) for rival in rivals}
-    in_order = replace(held_out, users=user_order(len(held_out.users)))
+
+    # Trained rivals, each also with a share of its last items, where ours has one; validation chooses theirs
+    in_order, validation = (
+        replace(data.held_out(split), users=user_order(len(held_out.users))) for split in (args.split, "validation")
+    )
     ranked |= {rival.name: rank_recommender(rival, in_order, **how) for rival in trained}
+    for rival in trained if recommender.layout.last_items_weights else []:
+        too = LastItemsToo.by_validation(rival, recommender.layout, validation, **how)
+        made[rival.name]["last_items_share"] = too.share
+        ranked[too.name] = rank_recommender(too, in_order, **how)
 
     # The same lists from `generate`
     asked = np.arange(len(held_out.targets))

@@ -20,9 +20,11 @@ from genrec_llm.baselines.neural import LastItemsToo, NeuralRecommender, user_or
 from genrec_llm.encoded import load_data
 from genrec_llm.evaluation import EvalReport, rank_recommender
 from genrec_llm.files import read_json
+from genrec_llm.metrics import ndcg
 from genrec_llm.recommender import Recommender
 from genrec_llm.rows import cooccurrence_and_vectors
 from genrec_llm.runs import load_run_data
+from genrec_llm.tasks import LAST_ITEMS_SHARES, last_items_weights
 from genrec_llm.vectors import read_item_vectors, write_item_vectors
 
 SMALL = ("--set", "epochs=2", "dim=8", "validate_every=1", "batch_size=32")
@@ -76,21 +78,40 @@ def test_with_last_items_in_our_ranking_each_side_is_also_ranked_in_the_other_wa
 
     mixed.layout = replace(layout, last_items_weights=())
     assert EvalReport.load(out / "GenRec,_history_alone").ranks.better.tolist() == ranked(mixed, asked.users)
-    hgn = NeuralRecommender.load(trained[0])
-    users, histories = user_order(len(asked.users)), list(asked.histories)
-    likely = torch.zeros(len(users), asked.num_items)
-    for contexts, weights in layout.contexts(histories):
-        likely += (
+    hgn, users, histories = NeuralRecommender.load(trained[0]), user_order(len(asked.users)), list(asked.histories)
+    mixtures = {
+        share: LastItemsToo(hgn, replace(layout, last_items_weights=last_items_weights(share)))
+        for share in LAST_ITEMS_SHARES
+    }
+    for too in mixtures.values():
+        likely = sum(
             torch.from_numpy(hgn.scores(contexts, users)).softmax(dim=1) * torch.from_numpy(weights).float()[:, None]
+            for contexts, weights in too.layout.contexts(histories)
         )
-    too = LastItemsToo(hgn, layout)
-    assert too.name == "hgn, last items too"
-    np.testing.assert_allclose(np.exp(too.scores(histories, users)), likely, rtol=1e-4)
-    assert EvalReport.load(out / "hgn,_last_items_too").ranks.better.tolist() == ranked(too, users)
+        found = torch.from_numpy(too.scores(histories, users)).softmax(
+            dim=1
+        )  # without a share they are the rival's own
+        torch.testing.assert_close(found, likely, rtol=1e-4, atol=1e-8)
+    of_share = {share: ranked(too, users) for share, too in mixtures.items()}
+    assert len(set(map(tuple, of_share.values()))) == len(LAST_ITEMS_SHARES)
+    chosen = read_json(out / "report.json")["rivals"]["hgn"]["last_items_share"]
+    assert EvalReport.load(out / "hgn,_last_items_too").ranks.better.tolist() == of_share[chosen]
     shown = {path.parent.name: EvalReport.load(path.parent).protocol.max_history for path in out.glob("*/report.json")}
     assert {name: most for name, most in shown.items() if most} == {"GenRec": 50, "GenRec,_history_alone": 50}
-    ranks = [EvalReport.load(out / name).ranks.better.tolist() for name in ("GenRec", "hgn")]
-    assert ranks[0] != ranked(mixed, asked.users) and ranks[1] != ranked(too, users)
+    assert EvalReport.load(out / "GenRec").ranks.better.tolist() != ranked(mixed, asked.users)
+
+    def best(split: str) -> float:
+        data = replace(load_run_data(ground / "run").held_out(split), users=users)
+        figures = {
+            share: ndcg(rank_recommender(too, data, exclude_seen=True).ranks, 10).mean()
+            for share, too in mixtures.items()
+        }
+        return max(figures, key=lambda share: float(figures[share]))
+
+    assert chosen == best("validation") != best("test") and chosen != sum(layout.last_items_weights)
+    tiny.recipe("evaluate", "--run", ground / "run", "--use_cpu", "--split", "test", "--rivals", trained[0])
+    opened = read_json(ground / "run" / "evaluation" / "test" / "report.json")
+    assert opened["rivals"]["hgn"]["last_items_share"] == chosen
 
 
 def test_what_has_ended_is_not_run_again_and_the_table_has_every_run(

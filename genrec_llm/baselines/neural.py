@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genrec_llm.baselines.networks import FORM, HGN, BERT4Rec, Caser, Loss, Network, SASRec
-from genrec_llm.decoding import mixed_scores
+from genrec_llm.decoding import mask_seen_, mixed_scores, mixtures, rank_targets
 from genrec_llm.errors import ConfigError
-from genrec_llm.evaluation import LAST_ITEMS_TOO
+from genrec_llm.evaluation import LAST_ITEMS_TOO, EvalData, each_user
 from genrec_llm.files import atomic_file, read_json, write_json
-from genrec_llm.tasks import PromptLayout, Sequences
+from genrec_llm.metrics import Ranks, ndcg
+from genrec_llm.processes import ALONE, Processes
+from genrec_llm.tasks import LAST_ITEMS_SHARES, PromptLayout, Sequences, last_items_weights
 
 WEIGHTS, FACTS, CHECKPOINT = "rival.safetensors", "rival.json", "checkpoint.safetensors"
 Model = Literal["sasrec", "bert4rec", "caser", "hgn"]
@@ -163,10 +165,50 @@ class LastItemsToo:
     rival: NeuralRecommender
     layout: PromptLayout
 
+    @classmethod
+    def by_validation(
+        cls,
+        rival: NeuralRecommender,
+        layout: PromptLayout,
+        validation: EvalData,
+        *,
+        exclude_seen: bool,
+        batch_size: int = 512,
+        processes: Processes = ALONE,
+    ) -> LastItemsToo:
+        """With the share of `LAST_ITEMS_SHARES` that has the best NDCG@10, as training chooses that of our model.
+
+        Args:
+            layout: what a history's last items are; its own share is not used.
+            validation: with the rival's user rows, see `user_order`.
+            exclude_seen, batch_size, processes: see `rank_recommender`.
+        """
+        mixed = replace(layout, last_items_weights=last_items_weights(0.5))  # of these only the proportions count
+
+        def gains(users: NDArray[np.int64]) -> tuple[NDArray[np.float64]]:
+            asked = [validation.histories[user] for user in users], validation.users[users]
+            targets, found = torch.from_numpy(validation.targets[users]), []
+            for scores in mixtures(rival.network.scores, mixed, LAST_ITEMS_SHARES, *asked):
+                if exclude_seen:
+                    mask_seen_(scores, [validation.seen[user] for user in users])
+                better, tied = rank_targets(scores, targets)
+                found.append(ndcg(Ranks(better.numpy(), tied.numpy(), validation.num_items), 10))
+            return (np.stack(found, axis=1),)
+
+        name = f"{rival.name}, shares of the last items"
+        (of_shares,) = each_user(gains, validation, name, batch_size, processes)
+        share = LAST_ITEMS_SHARES[int(of_shares.mean(axis=0).argmax())]
+        return cls(rival, replace(layout, last_items_weights=last_items_weights(share)))
+
     @property
     def name(self) -> str:
         """In reports."""
         return f"{self.rival.name}{LAST_ITEMS_TOO}"
+
+    @property
+    def share(self) -> float:
+        """Of the last items, all together."""
+        return round(sum(self.layout.last_items_weights), 6)
 
     def scores(self, histories: Sequence[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `SequenceRecommender.scores`."""
