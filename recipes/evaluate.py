@@ -73,14 +73,14 @@ def main() -> None:
         ranked |= {rival.name: rank_recommender(rival, held_out, **how) for rival in rivals}
 
     # Trained rivals, each also with a share of its last items, where ours has one; validation chooses theirs
-    in_order, validation = (
-        replace(data.held_out(split), users=user_order(len(held_out.users))) for split in (args.split, "validation")
-    )
+    in_order = replace(held_out, users=user_order(len(held_out.users)))
     ranked |= {rival.name: rank_recommender(rival, in_order, **how) for rival in trained}
-    for rival in trained if recommender.layout.last_items_weights else []:
-        too = LastItemsToo.by_validation(rival, recommender.layout, validation, **how)
-        made[rival.name]["last_items_share"] = too.share
-        ranked[too.name] = rank_recommender(too, in_order, **how)
+    if trained and recommender.layout.last_items_weights:
+        validation = replace(data.held_out("validation"), users=in_order.users)
+        for rival in trained:
+            too = LastItemsToo.by_validation(rival, recommender.layout, validation, **how)
+            made[rival.name]["last_items_share"] = too.share
+            ranked[too.name] = rank_recommender(too, in_order, **how)
 
     # The same lists from `generate`
     asked = np.arange(len(held_out.targets))

@@ -88,9 +88,7 @@ def test_with_last_items_in_our_ranking_each_side_is_also_ranked_in_the_other_wa
             torch.from_numpy(hgn.scores(contexts, users)).softmax(dim=1) * torch.from_numpy(weights).float()[:, None]
             for contexts, weights in too.layout.contexts(histories)
         )
-        found = torch.from_numpy(too.scores(histories, users)).softmax(
-            dim=1
-        )  # without a share they are the rival's own
+        found = torch.from_numpy(too.scores(histories, users)).softmax(dim=1)  # without a share: of the rival's own
         torch.testing.assert_close(found, likely, rtol=1e-4, atol=1e-8)
     of_share = {share: ranked(too, users) for share, too in mixtures.items()}
     assert len(set(map(tuple, of_share.values()))) == len(LAST_ITEMS_SHARES)
