@@ -272,7 +272,7 @@ def _ranked(recommender: SequenceRecommender, held_out: EvalData, *, exclude_see
 
 
 def _item_knn(data: Data) -> ItemKNN:
-    return ItemKNN.fit([data.train[user] for user in range(len(data.train))], data.vocab.num_items)
+    return ItemKNN.fit(data.train, data.vocab.num_items)
 
 
 def _of(findings: Sequence[Finding], rule: str) -> Finding:

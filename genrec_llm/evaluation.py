@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def user_batches(data: EvalData, asked: NDArray[np.int64], batch_size: int) -> l
 
 @contextmanager
 def fitted_item_knn(
-    train: Sequence[NDArray[np.int64]], num_items: int, folder: Path, processes: Processes
+    train: Iterable[NDArray[np.int64]], num_items: int, folder: Path, processes: Processes
 ) -> Iterator[ItemKNN]:
     """An item-kNN that the first process fits, in all of them; they share its memory, through a file, within the block.
 
@@ -192,7 +192,7 @@ def fitted_item_knn(
     shared = folder / ".item-knn.tmp"
     try:
         with processes.step():
-            fitted = ItemKNN.fit([train[user] for user in range(len(train))], num_items) if processes.first else None
+            fitted = ItemKNN.fit(train, num_items) if processes.first else None
             if fitted and processes.count > 1:
                 with writing(shared):
                     shared.mkdir(exist_ok=True)

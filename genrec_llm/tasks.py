@@ -64,6 +64,9 @@ class Sequences:
     def __getitem__(self, user: int) -> IntArray:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
+    def __iter__(self) -> Iterator[IntArray]:
+        return (self[user] for user in range(len(self)))
+
     def lengths(self) -> IntArray:
         """Items a user, `[users]`."""
         return np.diff(self.offsets)

@@ -284,8 +284,10 @@ class GenRecTrainer(Seq2SeqTrainer):
     def chosen_share(self) -> float | None:
         """The share of the last items that validation chose for the kept model, the best or the last; None for none."""
         noted = {entry["step"]: entry[f"eval_{SHARE}"] for entry in self.state.log_history if f"eval_{SHARE}" in entry}
-        step = self.state.best_global_step if self.args.load_best_model_at_end else max(noted, default=None)
-        return noted[step] if noted else None
+        if not noted:
+            return None
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return noted[max(noted) if best is None else best]  # there is no best one where its checkpoint was lost
 
     def _rank(self, data: EvalData, shares: Sequence[float] | None, *, exclude_seen: bool = True) -> list[Ranks]:
         """As `rank`, for each share of the last items, or for that of the layout alone."""

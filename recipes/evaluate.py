@@ -18,7 +18,7 @@ import numpy as np
 from genrec_llm.args import EvaluateArguments, parse_args
 from genrec_llm.baselines import Popularity, RecentRepeat
 from genrec_llm.baselines.neural import LastItemsToo, user_order
-from genrec_llm.card.facts import describe_measured
+from genrec_llm.card.facts import OPENINGS_FILE, describe_measured
 from genrec_llm.card.page import refresh_cards
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.evaluation import (
@@ -56,8 +56,8 @@ def main() -> None:
     with processes.step():
         held_out = data.held_out(args.split)
         if args.split == "test" and processes.first:
-            times = record_opening(run / "test_openings.jsonl", facts)
-            print(f"test split opened, time {times} for this run (recorded in {run / 'test_openings.jsonl'})")
+            times = record_opening(run / OPENINGS_FILE, facts)
+            print(f"test split opened, time {times} for this run (recorded in {run / OPENINGS_FILE})")
 
     # Full ranking, every user once; the processes share the users
     how = {"exclude_seen": not args.keep_seen, "batch_size": args.batch_size, "processes": processes}

@@ -21,7 +21,7 @@ def test_every_change_is_an_argument_that_there_is() -> None:
     known = {
         name for cls in (DataArguments, ModelArguments, GenRecTrainingArguments) for name in cls.__dataclass_fields__
     }
-    assert all(set(variant.changes) <= known for variant in VARIANTS.values())
+    assert all({*variant.changes, *variant.pretraining} <= known for variant in VARIANTS.values())
     assert VARIANTS[BASE] == ablation.Variant()
 
 
@@ -84,6 +84,26 @@ def test_a_variant_pretrains_where_it_or_the_configuration_says_so(
     trial = ablation.Trial("masked pretraining", 1, tmp_path / "other")
     assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune", "pretrain"]
     assert "masks_per_sequence: 3" in (trial.folder / "pretrain.yaml").read_text()
+
+
+def test_a_variant_that_the_configuration_has_already_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(ablation.Trial, "_train", lambda self, *_: trained.append(self.variant) or "stopped here")
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "finetune.yaml").write_text("users: none\ntuning: full\nbackbone_init: random\n")
+    reasons = {name: ablation.Trial(name, 0, tmp_path / name).run(configs, []).reason for name in VARIANTS}
+    same = {name for name, reason in reasons.items() if reason == "the same as 'as configured'"}
+    assert same >= {
+        ablation.ALONE,
+        "no user token",
+        "full tuning",
+        "one mask a sequence",
+        "ranked by the history alone",
+    }
+    assert {*trained} == VARIANTS.keys() - same >= {BASE, "LoRA", "masked pretraining", "rows: random"}
 
 
 @pytest.mark.slow

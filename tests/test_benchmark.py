@@ -35,7 +35,10 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     ours = next(row for row in rows if row["model"] == "genrec-tiny" and row["seed"] == 1)
     assert "--seeds 1 --split test" in ours["command"] and ours["seconds"] > 0
     pairs = read_json(tmp_path / "quality_pairs.json")
-    assert {pair["rival"] for pair in pairs} >= {"hgn", "hgn, last items too", "item-kNN"}
+    assert {pair["rival"] for pair in pairs if pair["model"] == "genrec-tiny"} == {
+        "genrec-tiny, history alone", "hgn", "hgn, last items too", "item-kNN", "popularity"
+    }  # fmt: skip
+    assert [pair["rival"] for pair in pairs if pair["model"] == "genrec-tiny, history alone"] == ["hgn"]
     assert all(pair["seeds"] == [0, 1] for pair in pairs)
 
     tiny.run([*command, "--keep-seen"])
@@ -45,7 +48,11 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
         opened = tmp_path / "out" / f"seed-{seed}" / "finetune" / "test_openings.jsonl"
         assert len(opened.read_text().splitlines()) == 2
     tiny.run(command)
-    assert len(opened.read_text().splitlines()) == 2 and len(read_json(quality)) == len(rows) + len(kept)
+    tables = [read_json(tmp_path / name) for name in ("quality.json", "quality_pairs.json")]
+    tiny.run([word for word in command if word not in ("--rivals", "hgn")])
+    # Nothing was ranked again, and each row still says what makes it, whatever rivals the command names.
+    assert len(opened.read_text().splitlines()) == 2 and len(tables[0]) == len(rows) + len(kept)
+    assert [read_json(tmp_path / name) for name in ("quality.json", "quality_pairs.json")] == tables
 
 
 def test_what_is_missing_is_named_at_once(tmp_path: Path) -> None:

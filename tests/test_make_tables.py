@@ -15,6 +15,7 @@ from make_tables import (
     BEGIN,
     END,
     Row,
+    check_pairs,
     checked,
     lines_of,
     pair_of,
@@ -37,7 +38,8 @@ MADE = {"command": "recipes/evaluate.py --run runs/x", "commit": "abc", "hardwar
 def row(model: str, seed: int | None, ndcg: float, **changes: Any) -> Row:
     return {
         "dataset": "toy", "split": "test", "model": model, "protocol": "seen removed", "seed": seed, "hr@5": 2 * ndcg,
-        "ndcg@5": ndcg / 2, "hr@10": 3 * ndcg, "ndcg@10": ndcg, "users": 100, "candidates": 1000, **MADE, "seconds": 10.0,
+        "ndcg@5": ndcg / 2, "hr@10": 3 * ndcg, "ndcg@10": ndcg, "users": 100, "candidates": 1000, **MADE, "trained": "abc",
+        "seconds": 10.0,
     } | changes  # fmt: skip
 
 
@@ -132,8 +134,9 @@ def test_rows_and_pairs_come_from_saved_reports(tmp_path: Path, monkeypatch: pyt
         report = build_report(name, ranked, data, exclude_seen=False)
         report.save(tmp_path / name)
         reports.append(report)
-    made = row_of(reports[0], "genrec", MADE, seed=3, seconds=2.5)
+    made = row_of(reports[0], "genrec", MADE, {"seed": 3, "seconds": 2.5, "commit": "earlier", "share": 1})
     assert made["protocol"] == "seen kept" and made["ndcg@10"] == reports[0].metrics["NDCG@10"].mean
+    assert (made["seed"], made["seconds"], made["commit"], made["trained"]) == (3, 2.5, "abc", "earlier")
     assert checked([made], Path("q")) == [made]
 
     for name, model in (("good", "genrec"), ("poor", "SASRec")):
@@ -143,11 +146,17 @@ def test_rows_and_pairs_come_from_saved_reports(tmp_path: Path, monkeypatch: pyt
     rows = read_json(tmp_path / "results" / "quality.json")
     assert [(each["model"], each["seconds"]) for each in rows] == [("genrec", None), ("SASRec", None)]
     for _ in range(2):
-        run(monkeypatch, tmp_path, "pair", tmp_path / "good", tmp_path / "poor", "--models", "genrec", "SASRec")
+        run(monkeypatch, tmp_path, "pair", tmp_path / "good", tmp_path / "poor", "--models", "genrec", "SASRec",
+            "--seed", 3)  # fmt: skip
     (pair,) = read_json(tmp_path / "results" / "quality_pairs.json")
     assert pair["mean"] == pytest.approx(rows[0]["ndcg@10"] - rows[1]["ndcg@10"]) and pair["low"] > 0
     run(monkeypatch, tmp_path)
-    assert f"- genrec - SASRec: {pair['mean']:+.4f} [" in (tmp_path / "accuracy.md").read_text()
+    assert f"- genrec - SASRec, seed 3: {pair['mean']:+.4f} [" in (tmp_path / "accuracy.md").read_text()
+    put(tmp_path / "results" / "quality.json", [rows[0] | {"ndcg@10": rows[0]["ndcg@10"] + 1e-4}])
+    with pytest.raises(
+        DataError, match=r"genrec - SASRec on .*: the rows give \+.* for this pair .*seeds \[3\].*again"
+    ):
+        run(monkeypatch, tmp_path, "--check")
     other = tiny.eval_data(users=60, items=40, longest=8, split="validation")
     theirs = build_report("v", rank_recommender(Noisy("v", 0.0), other, exclude_seen=False), other, exclude_seen=False)
     with pytest.raises(ConfigError, match="split is 'test' and 'validation'"):
@@ -181,6 +190,15 @@ def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user(tmp_path: Path) -> 
     assert "- genrec - SASRec, seeds 0 1: " in tables(
         [row("genrec", 0, 0.1)], [replace(pair, dataset="toy", protocol="seen removed")], {}
     )
+
+
+def test_a_pair_has_the_rows_of_its_seeds() -> None:
+    pair = make_tables.Pair("toy", "test", "seen removed", "genrec-a", "popularity", [0, 1], 0.04, 0.0, 0.1, 0.5, 100)
+    check_pairs(ROWS, [pair], Path("p"))  # a model without a seed stands beside each
+    with pytest.raises(DataError, match="the rows miss this pair"):
+        check_pairs(ROWS, [replace(pair, rival="rival")], Path("p"))
+    with pytest.raises(DataError, match=r"the rows give \+0\.0400 for this pair \(\+0\.0410"):
+        check_pairs(ROWS, [replace(pair, mean=0.041)], Path("p"))
 
 
 def test_a_row_that_is_wrong_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -143,16 +143,104 @@ def test_what_a_sequence_predicts_sees_nothing_of_what_comes_after() -> None:
     assert (states[0][-1] - states[1][-1]).abs().max() > 1e-3
 
 
-def test_padding_changes_nothing() -> None:
+@pytest.mark.parametrize("kind", ["sasrec-softmax", "bert4rec"])
+def test_padding_changes_nothing(kind: str) -> None:
+    """Caser and HGN have rows of one width; what they make of a short history is in their formulas below."""
     torch.manual_seed(0)
-    for kind in ("sasrec-softmax", "bert4rec", "caser", "hgn"):
-        network = RivalSettings(**(SMALL | KINDS[kind])).network(ITEMS, USERS).eval()
-        histories, users = [np.array([7, 2]), np.arange(9)], np.array([3, 0])
-        together = network.scores(histories, users)
-        alone = torch.cat(
-            [network.scores([history], users[place : place + 1]) for place, history in enumerate(histories)]
-        )
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+    network = RivalSettings(**(SMALL | KINDS[kind])).network(ITEMS, USERS).eval()
+    histories, users = [np.array([7, 2]), np.arange(9)], np.array([3, 0])
+    together = network.scores(histories, users)
+    alone = torch.cat([network.scores([history], users[place : place + 1]) for place, history in enumerate(histories)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def of_large_weights(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A network whose every part, biases too, shows in the scores; and its weights."""
+    network = RivalSettings(**(SMALL | KINDS[kind] | {"dim": 6, "window": 4})).network(ITEMS, USERS).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.normal_(std=0.5)
+        network.items.weight[ITEMS] = 0.0
+    return network, network.state_dict()
+
+
+@pytest.mark.parametrize("history", [[7, 2], [9, 8, 1, 3, 3, 5]])
+def test_hgn_is_its_formula(history: list[int]) -> None:
+    """Ma et al. (2019), (2) to (7), item by item; an item that is not there has no weight."""
+    network, w = of_large_weights("hgn")
+    user, union, weights = w["users.weight"][3], torch.zeros(6), []
+    recent = history[-4:]
+    for place, item in enumerate(recent, 4 - len(recent)):
+        row = w["items.weight"][item]
+        gate = torch.sigmoid(w["of_item.weight"] @ row + w["of_item.bias"] + w["of_user.weight"] @ user)
+        weights.append(torch.sigmoid(w["instance.weight"][0] @ (row * gate) + w["user_places.weight"][place] @ user))
+        union += weights[-1] * row * gate
+    state = user + union / sum(weights) + sum(w["items.weight"][item] for item in recent)
+    expected = w["rows.weight"] @ state + w["bias"]
+    torch.testing.assert_close(network.scores([np.array(history)], np.array([3]))[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("history", [[7, 2], [9, 8, 1, 3, 3, 5]])
+def test_caser_is_its_formula(history: list[int]) -> None:
+    """Tang & Wang (2018), (4) to (11), filter by filter; rows of items that are not there are zero."""
+    network, w = of_large_weights("caser")
+    recent = history[-4:]
+    image = torch.stack([torch.zeros(6)] * (4 - len(recent)) + [w["items.weight"][item] for item in recent])
+    joined = []
+    for kernel, bias in zip(w["across.weight"], w["across.bias"], strict=True):
+        joined += [sum(kernel[0, place, 0] * image[place] for place in range(4)) + bias]
+    for height in range(1, 5):
+        kernels, biases = w[f"along.{height - 1}.weight"], w[f"along.{height - 1}.bias"]
+        for kernel, bias in zip(kernels, biases, strict=True):
+            slides = [(kernel[0] * image[top : top + height]).sum() + bias for top in range(5 - height)]
+            joined += [torch.stack(slides).relu().max()[None]]
+    seen = (w["joined.weight"] @ torch.cat(joined) + w["joined.bias"]).relu()
+    expected = w["rows.weight"] @ torch.cat([seen, w["users.weight"][3]]) + w["bias"]
+    torch.testing.assert_close(network.scores([np.array(history)], np.array([3]))[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["caser", "hgn"])
+def test_each_user_trains_a_row_of_their_own(kind: str) -> None:
+    network = RivalSettings(**(SMALL | KINDS[kind])).network(ITEMS, 4)
+    walks = Sequences(np.array([1, 2, 3, 4, 8, 9]), np.array([0, 4, 6]), np.array([2, 3]))
+    for example, user in ((0, 2), (3, 3)):  # the first three examples are of the first sequence
+        network.zero_grad()
+        network.loss(walks, np.array([example]), np.random.default_rng(0)).backward()
+        assert network.users.weight.grad.abs().sum(dim=1).nonzero().flatten().tolist() == [user]
+
+
+def test_one_sequence_in_four_has_its_last_item_hidden_and_no_other() -> None:
+    settings = RivalSettings(**(SMALL | KINDS["bert4rec"] | {"mask_probability": 0.5}))
+    network = settings.network(ITEMS, 1).eval()
+    count, length = 400, 10
+    walks = Sequences(np.arange(count * length) % ITEMS, np.arange(count + 1) * length, np.arange(1, count + 1))
+    seen: list[torch.Tensor] = []
+    network.encode = lambda rows, causal: seen.append(rows) or torch.zeros(*rows.shape, 32)
+    network.states_and_targets(walks, np.arange(count), np.random.default_rng(0))
+    hidden = torch.cat(seen) == network.mask
+    last_only = hidden[:, -1] & (hidden.sum(dim=1) == 1)
+    assert last_only.float().mean().item() == pytest.approx(0.25, abs=0.06)  # by chance alone one in a thousand
+    assert hidden[~last_only].float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_seed_and_penalty_matter(cycles: Sequences, tmp_path: Path) -> None:
+    settings = RivalSettings(**(SMALL | KINDS["hgn"] | {"epochs": 3}))
+    unknown: dict[str, torch.Tensor] = {}  # the row of a user whom no example has
+    for name, other in {
+        "as it is": settings, "seed": replace(settings, seed=1), "penalty": replace(settings, weight_decay=1.0)
+    }.items():  # fmt: skip
+        network, _ = trained(other, cycles, tmp_path / name)
+        unknown[name] = network.users.weight[0].detach()
+    fresh = settings.network(ITEMS, USERS + 1)
+    assert torch.equal(unknown["as it is"], fresh.users.weight[0])
+    assert unknown["penalty"].norm() < 0.8 * unknown["as it is"].norm()
+    assert not torch.equal(unknown["seed"], unknown["as it is"])
+    # From the same first weights, another seed draws otherwise.
+    train(fresh, replace(settings, seed=1), cycles, tmp_path / "draws", {}, next_found, lambda *_: None)
+    again = settings.network(ITEMS, USERS + 1)
+    train(again, settings, cycles, tmp_path / "again", {}, next_found, lambda *_: None)
+    assert not torch.equal(fresh.items.weight, again.items.weight)
 
 
 def test_losses_are_their_formulas() -> None:

@@ -9,7 +9,8 @@
 its changes, from the seeds that are named, in run directories of its own; "masked pretraining" of a recipe that has none
 takes finetune.yaml's settings. Killed at any time, the same command goes on. The figures are those of the best validation of
 finetuning; the test split is not opened. A variant that the configuration cannot have (rows from text with a backbone that
-reads none, adapters on random weights) stands in the table with the reason. What stands behind `--` goes to each stage.
+reads none, adapters on random weights), or is already, stands in the table with the reason. What stands behind `--` goes to
+each stage.
 Written to --out: ablation.md, ablation.json, ablation.png.
 """
 
@@ -22,13 +23,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import yaml
 
+from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
 
@@ -40,16 +42,23 @@ BASE, ALONE = "as configured", "no pretraining"
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing changed: arguments of each stage, or whether finetuning starts from a pretraining (None: as it says)."""
+    """One thing changed.
+
+    Args:
+        changes: arguments of each stage.
+        pretraining: arguments of the masked stage alone.
+        pretrained: whether finetuning starts from that stage; None: as it says.
+    """
 
     changes: dict[str, Any] = field(default_factory=dict)
+    pretraining: dict[str, Any] = field(default_factory=dict)
     pretrained: bool | None = None
 
 
 VARIANTS = {
     BASE: Variant(),
     ALONE: Variant(pretrained=False),
-    "masked pretraining": Variant({"masks_per_sequence": 3, "last_item_probability": 0.3}, pretrained=True),
+    "masked pretraining": Variant(pretraining={"masks_per_sequence": 3, "last_item_probability": 0.3}, pretrained=True),
     "user token": Variant({"users": "each"}),
     "no user token": Variant({"users": "none"}),
     "LoRA": Variant({"tuning": "lora"}),
@@ -61,7 +70,11 @@ VARIANTS = {
     "no label smoothing": Variant({"label_smoothing_factor": 0.0}),
     "history of 50": Variant({"max_history": 50}),
     "decoder prompt: mask alone": Variant({"decoder_prompt": "mask"}),
-    "one mask a sequence": Variant({"masks_per_sequence": 1}),
+    "one mask a sequence": Variant(pretraining={"masks_per_sequence": 1}),
+    "ranked by the history alone": Variant({"last_items_share": 0.0, "choose_last_items_share": False}),
+}
+DEFAULTS = {
+    each.name: each.default for cls in (DataArguments, ModelArguments, GenRecTrainingArguments) for each in fields(cls)
 }
 
 
@@ -86,7 +99,6 @@ class Trial:
 
     def run(self, configs: Path, flags: Sequence[str]) -> Outcome:
         """Train what is not trained yet."""
-        change = VARIANTS[self.variant]
         files = {stage: configs / f"{stage}.yaml" for stage in ("pretrain", "finetune")}
         config = {
             stage: yaml.safe_load(file.read_text(encoding="utf-8")) for stage, file in files.items() if file.is_file()
@@ -95,15 +107,10 @@ class Trial:
         if two_stages and "pretrain" not in config:
             reason = f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"
             return Outcome(self.variant, self.seed, reason=reason)
-        pretrained = two_stages if change.pretrained is None else change.pretrained
-        stages = ["pretrain", "finetune"] if pretrained else ["finetune"]
-        for stage in stages:
-            settings = (
-                config.get(stage, config["finetune"])
-                | change.changes
-                | {"seed": self.seed, "output_dir": str(self.folder / stage)}
-            )
-            settings["from_run"] = str(self.folder / "pretrain") if pretrained and stage == "finetune" else None
+        stages, as_configured = (self._stages(config, two_stages, VARIANTS[name]) for name in (self.variant, BASE))
+        if self.variant != BASE and _filled(stages) == _filled(as_configured):
+            return Outcome(self.variant, self.seed, reason=f"the same as {BASE!r}")
+        for stage, settings in stages.items():
             path = self.folder / f"{stage}.yaml"
             begun = (self.folder / stage / "run.json").is_file()
             with_flags = path.with_suffix(".flags.json")
@@ -117,7 +124,21 @@ class Trial:
                 write_json(with_flags, [*flags])
             if not finished(self.folder / stage) and (reason := self._train(stage, flags)):
                 return Outcome(self.variant, self.seed, reason=reason)
-        return self.outcome(stages)
+        return self.outcome([*stages])
+
+    def _stages(
+        self, config: dict[str, dict[str, Any]], two_stages: bool, variant: Variant
+    ) -> dict[str, dict[str, Any]]:
+        """What each stage of a variant is trained with, in order."""
+        pretrained = two_stages if variant.pretrained is None else variant.pretrained
+        stages = {}
+        for stage in ("pretrain", "finetune") if pretrained else ("finetune",):
+            own = variant.pretraining if stage == "pretrain" else {}
+            where = {"seed": self.seed, "output_dir": str(self.folder / stage), "from_run": None}
+            if pretrained and stage == "finetune":
+                where["from_run"] = str(self.folder / "pretrain")
+            stages[stage] = config.get(stage, config["finetune"]) | variant.changes | own | where
+        return stages
 
     def _train(self, stage: str, flags: Sequence[str]) -> str:
         """Why a stage failed; empty if it did not."""
@@ -140,6 +161,11 @@ class Trial:
         log = [entry for entry in read_json(self.folder / "finetune" / "log_history.json") if "eval_ndcg@10" in entry]
         best = max(log, key=lambda entry: entry["eval_ndcg@10"])
         return Outcome(self.variant, self.seed, {name: best[f"eval_{name}"] for name in METRICS}, round(seconds, 1))
+
+
+def _filled(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With the defaults of what is not named."""
+    return {stage: DEFAULTS | settings for stage, settings in stages.items()}
 
 
 def recipe(name: str) -> str:

@@ -33,7 +33,7 @@ from make_tables import OURS, QUALITY, SPLITS, Pair, Row, beside, pair_of, put, 
 
 from genrec_llm.args import DataArguments
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
-from genrec_llm.evaluation import LAST_ITEMS_TOO, EvalReport
+from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO, EvalReport
 from genrec_llm.files import read_json
 from genrec_llm.plots import read_reports
 
@@ -90,10 +90,13 @@ class Benchmark:
         """Where recipes/evaluate.py writes."""
         return self.run(seed) / "evaluation" / (self.split + ("_seen-kept" if self.keep_seen else ""))
 
+    def ranked(self, seed: int) -> set[str]:
+        """Trained rivals that the report has."""
+        return set(read_json(self.report(seed) / "report.json")["rivals"])
+
     def rank(self, seed: int) -> None:
         """Merge and rank, unless that is done."""
-        found = self.report(seed) / "report.json"
-        if found.is_file() and set(self.rivals) <= set(read_json(found)["rivals"]):
+        if (self.report(seed) / "report.json").is_file() and set(self.rivals) <= self.ranked(seed):
             return
         call("merge", "--run", self.run(seed))
         rivals = [self.rival(name, seed) for name in self.rivals]
@@ -113,22 +116,29 @@ class Benchmark:
         """Rows of quality.json for this split and protocol."""
         rows = rows_of_run(self.run(seed), self.model, self.report(seed).name)
         names = [row["model"].removesuffix(LAST_ITEMS_TOO) for row in rows]
+        ranked = self.ranked(seed)
         return [
-            row | {"command": self.command(name if name in self.rivals else None, seed)}
+            row | {"command": self.command(name if name in ranked else None, seed)}
             for row, name in zip(rows, names, strict=True)
         ]
 
     def pairs(self, seeds: Sequence[int]) -> list[Pair]:
-        """Ours minus each recommender that stands beside it, over the seeds that have it."""
-        found: dict[str, list[tuple[int, EvalReport, EvalReport]]] = {}
+        """Ours minus each recommender that stands beside it, over the seeds that have it; and ours, by the history alone,
+        minus each trained rival, ranked so too.
+        """
+        found: dict[tuple[str, str], list[tuple[int, EvalReport, EvalReport]]] = {}
         for seed in seeds:
             ours, *others = read_reports(self.report(seed))
-            for name, other in beside(ours, others, self.model):
-                found.setdefault(name, []).append((seed, ours, other))
+            named = dict(beside(ours, others, self.model))
+            for name, other in named.items():
+                found.setdefault((self.model, name), []).append((seed, ours, other))
+            if alone := named.get(self.model + HISTORY_ALONE):
+                for name in self.ranked(seed):
+                    found.setdefault((self.model + HISTORY_ALONE, name), []).append((seed, alone, named[name]))
         pairs = []
-        for name, ranked in found.items():
+        for models, ranked in found.items():
             of, ours_of, theirs = zip(*ranked, strict=True)
-            pairs.append(pair_of(ours_of, theirs, [self.model, name], list(of)))
+            pairs.append(pair_of(ours_of, theirs, models, list(of)))
         return pairs
 
 

@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--item-vectors", help="as of `genrec vectors`")
     args = parser.parse_args()
     data = load_data(DataArguments(dataset=args.dataset, data_dir=args.data_dir))
-    recommenders: list[SequenceRecommender] = [
-        ItemKNN.fit([data.train[user] for user in range(len(data.train))], data.vocab.num_items)
-    ]
+    recommenders: list[SequenceRecommender] = [ItemKNN.fit(data.train, data.vocab.num_items)]
     vectors = read_item_vectors(args.item_vectors, data.vocab) if args.item_vectors else None
     for dim in (64, 128, 256):
         known = {"co-occurrence": cooccurrence_rows(data.train, data.vocab.num_items, dim, seed=0)}

@@ -40,6 +40,8 @@ SPLITS = ("test", "validation")
 OURS = "genrec"
 """The name of every model of ours begins so."""
 BEGIN, END = "<!-- made by tools/make_tables.py: begin -->", "<!-- made by tools/make_tables.py: end -->"
+ROUNDING = 1e-6
+"""Between a pair and the difference of its rows."""
 TEXT = ("dataset", "split", "model", "protocol", "command", "hardware")
 Row = dict[str, Any]
 KEYS = (
@@ -53,9 +55,11 @@ KEYS = (
     "candidates",
     "command",
     "commit",
+    "trained",
     "hardware",
     "seconds",
 )
+"""`commit` is that of the ranking, `trained` that of the training; null where nothing was trained, or nobody noted it."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,8 @@ def _problems(row: Row) -> list[str]:
                  if type(row[key]) is not int or row[key] < 1]  # fmt: skip
     if row["seed"] is not None and type(row["seed"]) is not int:
         problems.append(f"seed: {row['seed']!r} is neither a whole number nor null (a model without one)")
-    if row["commit"] is not None and not isinstance(row["commit"], str):
-        problems.append(f"commit: {row['commit']!r} is neither text nor null")
+    problems += [f"{key}: {row[key]!r} is neither text nor null" for key in ("commit", "trained")
+                 if row[key] is not None and not isinstance(row[key], str)]  # fmt: skip
     if row["seconds"] is not None and not (_number(row["seconds"]) and row["seconds"] >= 0):
         problems.append(f"seconds: {row['seconds']!r} is neither a number nor null (nothing was trained)")
     if not problems:
@@ -146,12 +150,12 @@ def _key(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("dataset", "split", "model", "protocol", "seed"))
 
 
-def row_of(report: EvalReport, model: str, made: Mapping[str, Any], *, seed: int | None, seconds: float | None) -> Row:
+def row_of(report: EvalReport, model: str, made: Mapping[str, Any], training: Mapping[str, Any]) -> Row:
     """A row of quality.json from a report.
 
     Args:
         made: command, commit and hardware, as an evaluation notes them.
-        seconds: of training; None where nothing was trained.
+        training: seed, seconds and commit of it, those that there are.
     """
     protocol = report.protocol
     return {
@@ -159,12 +163,13 @@ def row_of(report: EvalReport, model: str, made: Mapping[str, Any], *, seed: int
         "split": protocol.split,
         "model": model,
         "protocol": PROTOCOLS[not protocol.exclude_seen],
-        "seed": seed,
+        "seed": training.get("seed"),
         **{metric: report.metrics[metric.upper()].mean for metric in METRICS},
         "users": protocol.users,
         "candidates": protocol.candidates,
         **{key: made[key] for key in ("command", "commit", "hardware")},
-        "seconds": seconds,
+        "trained": training.get("commit"),
+        "seconds": training.get("seconds"),
     }
 
 
@@ -186,18 +191,21 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
     folders = sorted(path.parent for path in run.glob(f"evaluation/{evaluation}/report.json"))
     if not folders:
         raise ConfigError(f"{run}: not evaluated yet: recipes/evaluate.py --run {run}")
-    seed = stages[-1][1]["arguments"]["training"]["seed"]
-    seconds = round(sum(facts["finished"]["seconds"] for _, facts in stages), 1)
+    last = stages[-1][1]
+    training = {
+        "seed": last["arguments"]["training"]["seed"],
+        "seconds": round(sum(facts["finished"]["seconds"] for _, facts in stages), 1),
+        "commit": last["commit"],
+    }
     rows = []
     for folder in folders:
         made = read_json(folder / "report.json")
         ours, *rivals = read_reports(folder)
-        rows.append(row_of(ours, model, made, seed=seed, seconds=seconds))
-        untrained = {"seed": None, "seconds": None}
-        trained = {ours.name: {"seed": seed, "seconds": seconds}} | made.get("rivals", {})
+        rows.append(row_of(ours, model, made, training))
+        trained = {ours.name: training} | made.get("rivals", {})
         for name, rival in beside(ours, rivals, model):
-            facts = made | trained.get(rival.name.removesuffix(LAST_ITEMS_TOO).removesuffix(HISTORY_ALONE), untrained)
-            rows.append(row_of(rival, name, facts, seed=facts["seed"], seconds=facts["seconds"]))
+            of_rival = trained.get(rival.name.removesuffix(LAST_ITEMS_TOO).removesuffix(HISTORY_ALONE), {})
+            rows.append(row_of(rival, name, made, of_rival))
     return rows
 
 
@@ -273,6 +281,32 @@ def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
             pairs[_identity(pair)] = pair
     write_json(path, [asdict(pair) for pair in pairs.values()])
     return path
+
+
+def check_pairs(rows: Sequence[Row], pairs: Sequence[Pair], path: Path) -> None:
+    """Raise where a pair is not the difference of its rows.
+
+    Raises:
+        DataError: all of them; a row is missing, or has been made again since.
+    """
+    figures = {_key(row): row["ndcg@10"] for row in rows}
+    problems = []
+    for pair in pairs:
+
+        def of(model: str, pair: Pair = pair) -> float | None:
+            where = pair.dataset, pair.split, model, pair.protocol
+            found = [figures.get((*where, seed), figures.get((*where, None))) for seed in pair.seeds or [None]]
+            return None if None in found else statistics.fmean(found)
+
+        ours, rival = of(pair.model), of(pair.rival)
+        if ours is None or rival is None or abs(ours - rival - pair.mean) > ROUNDING:
+            gives = "miss" if ours is None or rival is None else f"give {ours - rival:+.4f} for"
+            problems.append(
+                f"{path}: {pair.model} - {pair.rival} on {pair.dataset}, {pair.split}, {pair.protocol}: the rows {gives} "
+                f"this pair ({pair.mean:+.4f}, seeds {pair.seeds}): rank these seeds with tools/benchmark.py again"
+            )
+    if problems:
+        raise DataError(problems)
 
 
 def _identity(pair: Pair) -> tuple[Any, ...]:
@@ -426,6 +460,7 @@ def write(page: Path, quality: Path, *, check: bool) -> None:
         raise ConfigError(f"{quality}: no such file: add rows with `tools/make_tables.py add`")
     rows = checked(read_json(quality), quality)
     pairs = read_pairs(pairs_beside(quality))
+    check_pairs(rows, pairs, pairs_beside(quality))
     sets = sorted({row["dataset"] for row in rows})
     pictures = {name: quality.with_name(f"quality_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}.png") for name in sets}
     links = {name: os.path.relpath(path, page.parent) for name, path in pictures.items()}
@@ -493,7 +528,8 @@ def main() -> None:
             rows = rows_of_run(args.run, args.model)
         else:
             made = _made(args.report, args.command)
-            rows = [row_of(EvalReport.load(args.report), args.model, made, seed=args.seed, seconds=args.seconds)]
+            training = {"seed": args.seed, "seconds": args.seconds}
+            rows = [row_of(EvalReport.load(args.report), args.model, made, training)]
         put(args.quality, rows)
         print(f"{len(rows)} rows written to {args.quality}")
     else:

@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from genrec_llm.errors import ConfigError, exits_cleanly
+from genrec_llm.card.facts import test_openings
+from genrec_llm.errors import ConfigError, counted, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
 from genrec_llm.plots import PLOTS, draw_run
 from genrec_llm.runs import RUN_FILE
 
-KEPT = ("stage", "command", "commit", "versions", "hardware", "time", "launch", "data", "trainable_parameters",
-        "row_init", "finished")  # fmt: skip
+KEPT = ("stage", "command", "commit", "versions", "hardware", "time", "launch", "data", "arguments",
+        "trainable_parameters", "row_init", "finished")  # fmt: skip
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "MRR")
 
 
@@ -35,6 +36,8 @@ def stages_of(run: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def page(name: str, stages: list[tuple[Path, dict[str, Any]]], reports: dict[str, dict[str, Any]]) -> str:
     """The markdown page."""
+    run = stages[-1][0]
+    opened = test_openings(run)
     lines = [
         f"# {name}",
         "",
@@ -44,9 +47,15 @@ def page(name: str, stages: list[tuple[Path, dict[str, Any]]], reports: dict[str
         "",
         "```bash",
     ]
-    lines += [f"accelerate launch … {facts['command']}" for _, facts in stages]
+    for _, facts in stages:
+        launched = "python" if facts["launch"]["world_size"] == 1 else "accelerate launch …"
+        lines.append(f"{launched} {facts['command']}")
+    lines.append(f"python recipes/merge.py --run {run}")
     lines += [f"python {report['command']}" for report in reports.values()]
-    lines += ["```", ""]
+    lines += ["```", "", "What each stage was trained with is under `arguments` in [report.json](report.json)."]
+    if opened:
+        lines.append(f"The test split was opened {counted(opened, 'time')} with this run.")
+    lines.append("")
     lines += ["| stage | commit | seed | launch | hardware | trainable | steps | seconds | best validation NDCG@10 |",
               "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for _, facts in stages:

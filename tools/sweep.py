@@ -52,6 +52,7 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 import yaml
+from ablation import finished
 
 from genrec_llm.errors import ConfigError, DataError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json
@@ -190,14 +191,6 @@ def validations(run: Path) -> list[tuple[float, float]]:
             entries = content["log_history"] if isinstance(content, dict) else content
             return [(entry[OBJECTIVE], entry["epoch"]) for entry in entries if OBJECTIVE in entry]
     return []
-
-
-def finished(run: Path) -> bool:
-    """Whether the run has ended by itself, and its best model is written."""
-    try:
-        return "finished" in read_json(run / "run.json")
-    except DataError:
-        return False
 
 
 def last_step(run: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -40,9 +40,10 @@ class ItemKNN:
     name: str = "item-kNN"
 
     @classmethod
-    def fit(cls, train_sequences: Sequence[NDArray[np.int64]], num_items: int) -> Self:
-        lengths = [len(sequence) for sequence in train_sequences]
-        items = np.concatenate(train_sequences)
+    def fit(cls, train: Iterable[NDArray[np.int64]], num_items: int) -> Self:
+        sequences = list(train)
+        lengths = [len(sequence) for sequence in sequences]
+        items = np.concatenate(sequences)
         users = np.repeat(np.arange(len(lengths)), lengths)
 
         def pairs(distance: int) -> sparse.csr_array:

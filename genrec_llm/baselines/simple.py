@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +20,6 @@ class Popularity:
     counts: NDArray[np.int64]
     name: str = "popularity"
 
-    @classmethod
-    def fit(cls, train_sequences: Sequence[NDArray[np.int64]], num_items: int) -> Self:
-        return cls(np.bincount(np.concatenate(train_sequences), minlength=num_items))
-
     def scores(self, histories: Sequence[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
         return np.tile(self.counts.astype(np.float32), (len(histories), 1))
 
@@ -39,10 +34,6 @@ class RecentRepeat:
 
     num_items: int
     name: str = "recent repeat"
-
-    @classmethod
-    def fit(cls, train_sequences: Sequence[NDArray[np.int64]], num_items: int) -> Self:
-        return cls(num_items)
 
     def scores(self, histories: Sequence[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
         scores = np.zeros((len(histories), self.num_items), dtype=np.float32)

@@ -98,14 +98,19 @@ def quantized_training(info: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def test_openings(run: Path) -> int:
+    """How many evaluations of a run have opened the test split."""
+    openings = run / OPENINGS_FILE
+    return len(openings.read_text(encoding="utf-8").splitlines()) if openings.is_file() else 0
+
+
 def evaluation_facts(run: Path, rows_sha256: str) -> dict[str, Any]:
     """What was measured of a run's model, by evaluation: "test", "validation", "test_seen-kept", ….
 
     Args:
         rows_sha256: of the model's id rows; reports on an earlier model in the same directory are left out.
     """
-    openings = run / OPENINGS_FILE
-    times = len(openings.read_text(encoding="utf-8").splitlines()) if openings.is_file() else 0
+    times = test_openings(run)
     facts = {}
     for path in sorted((run / "evaluation").glob("*/report.json")):
         report = read_json(path)
