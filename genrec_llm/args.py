@@ -312,6 +312,8 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         problems = [*_one_of("targets", self.targets, ("all", "last"))]
+        rates = {"learning_rate": self.learning_rate, "rows_learning_rate": self.rows_rate}
+        problems += [f"{name}: {rate} is below 0" for name, rate in rates.items() if not rate >= 0]
         if self.fp16:
             problems.append(
                 "fp16: T5 overflows to NaN in fp16 (transformers issue 23918): use --bf16 on a GPU that has it (Ampere or "
@@ -429,7 +431,9 @@ class EvaluateArguments:
     run: str = field(metadata={"help": "Run directory whose merged/ model is evaluated, on that run's data."})
     split: str = field(default="validation", metadata={"help": "validation or test; each opening of test is recorded."})
     keep_seen: bool = field(default=False, metadata={"help": "Let items of the history be recommended again."})
-    data_dir: str | None = field(default=None, metadata={"help": "Where the data folder is now, when it has moved."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Where the data folder, or that of the own files, is now, when it has moved."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Users whose scores are computed together."})
     use_cpu: bool = field(default=False, metadata={"help": "Rank on the CPU, even where there are GPUs."})
     rivals: list[str] = field(

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from genrec_llm.errors import DataError, counted, listed
 from genrec_llm.files import atomic_file
-from genrec_llm.recommender import Recommendation, Recommender, UnknownItemsWarning
+from genrec_llm.recommender import Recommendation, Recommender, UnknownItemsWarning, UnknownUsersWarning
 
 STANDARD = "-"
 """As a file name: standard input or output."""
@@ -131,6 +132,10 @@ def write_lists(
         DataError: `source` is absent, or lines are no requests; they are named by number.
         ExportError: `target` cannot be written.
     """
+    if STANDARD not in (source, target) and Path(target).exists() and Path(target).samefile(source):
+        raise DataError(
+            f"{target}: is the file of histories, which no answer holds: choose another one for the answers"
+        )
     with ExitStack() as stack:
         lines = stack.enter_context(_opened(source))
         count, unknown = _checked(source, lines, recommender)
@@ -139,7 +144,8 @@ def write_lists(
         if target != STANDARD:
             out = stack.enter_context(stack.enter_context(atomic_file(target)).open("wb"))
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", UnknownItemsWarning)  # told once, below
+        for told_below in (UnknownItemsWarning, UnknownUsersWarning):
+            warnings.simplefilter("ignore", told_below)
         bar = stack.enter_context(tqdm(total=count, unit="line", disable=None))
         stream = (Request.parse(line) for line in lines if line.strip())
         while requests := list(islice(stream, _LINES)):
@@ -156,7 +162,7 @@ def write_lists(
             bar.update(len(requests))
         out.flush()
     done = f"{counted(count, 'line')} answered" + ("" if target == STANDARD else f", written to {target}")
-    return done + (f"; left out of histories, since the model does not know them: {unknown}" if unknown else "")
+    return done + unknown
 
 
 def _answer(request: Request, found: Sequence[Recommendation]) -> bytes:
@@ -181,30 +187,37 @@ def _opened(source: str) -> IO[bytes]:
 
 
 def _checked(source: str, lines: Iterator[bytes], recommender: Recommender) -> tuple[int, str]:
-    """How many requests there are, and in words the items that the model does not know."""
+    """How many requests there are, and in words the items and users that the model does not know."""
     name = "standard input" if source == STANDARD else source
     count, bad = 0, 0
     problems: list[str] = []
-    unknown: dict[str, int] = {}
+    unknown: Counter[str] = Counter()
+    strangers: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         count += 1
         try:
-            history = Request.parse(line).history
+            request = Request.parse(line)
         except ValueError as error:
             bad += 1
             if bad <= _SHOWN:
                 problems.append(f"{name}, line {number}: {error}")
             continue
-        for place in (recommender.vocab.find_items(history) < 0).nonzero()[0]:
-            unknown[history[place]] = unknown.get(history[place], 0) + 1
+        missing = (recommender.vocab.find_items(request.history) < 0).nonzero()[0]
+        unknown.update(request.history[place] for place in missing)
+        strangers.update(recommender.strangers([request.user]))
     if bad > _SHOWN:
         problems.append(f"{name}: and {counted(bad - _SHOWN, 'more line')} like these")
     if not count:
         problems.append(f'{name}: holds no line; give one {{"history": ["id", ...]}} a line')
     if problems:
         raise DataError(problems)
-    if not unknown:
-        return count, ""
-    return count, f"{counted(sum(unknown.values()), 'item')} ({listed(map(repr, unknown))})"
+    return count, "".join(
+        f"; {what}, since the model does not know them: {counted(ids.total(), noun)} ({listed(map(repr, ids))})"
+        for what, noun, ids in (
+            ("left out of histories", "item", unknown),
+            ("served from the history alone", "line", strangers),
+        )
+        if ids
+    )

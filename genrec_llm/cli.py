@@ -235,7 +235,7 @@ def recommend(args: argparse.Namespace) -> None:
     from genrec_llm.ask import STANDARD, find_items, write_lists
     from genrec_llm.recommender import Recommender
 
-    recommender = Recommender.from_pretrained(args.model, revision=args.revision)
+    recommender = Recommender.from_pretrained(args.model, revision=args.revision, backbone=args.backbone)
     items = recommender.vocab.items
     words = find_items([*args.items, *args.exclude], items)
     history, exclude = words[: len(args.items)], words[len(args.items) :]
@@ -397,6 +397,9 @@ def _parser() -> argparse.ArgumentParser:
         "items", nargs="*", metavar="ITEM", help="what somebody had, oldest first: an id, or a part of a title"
     )
     ask.add_argument("--revision", help="branch, tag or commit on the Hub")
+    ask.add_argument(
+        "--backbone", help="of an adapter: its base checkpoint, when it is no longer where the adapter says"
+    )
     ask.add_argument("--user", help="raw user id, whose row is read beside the items; needs the run's users.parquet")
     ask.add_argument("-k", type=_positive, default=10, help="how many items (default: %(default)s)")
     ask.add_argument("--keep-seen", action="store_true", help="let items of the history be recommended again")

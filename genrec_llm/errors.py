@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -55,6 +56,9 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
                 for problem in error.problems:
                     print(f"error: {problem}", file=sys.stderr, flush=True)
             sys.exit(EXIT_CODE)
+        except KeyboardInterrupt:
+            print("\nstopped; what was whole before is still there", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
 
     return wrapped
 

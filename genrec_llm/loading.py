@@ -396,7 +396,11 @@ def load_trained(
     quantizing = quantized(quantization, dtype=dtype, device=device)
     if info["kind"] == ADAPTER:
         whole_dtype = torch.bfloat16 if quantization else dtype
-        model, base_tokenizer = load_backbone(base_name, revision=revision, dtype=whole_dtype)
+        try:
+            model, base_tokenizer = load_backbone(base_name, revision=revision, dtype=whole_dtype)
+        except ConfigError as error:
+            mend = f"{folder}: its adapter was trained on that one: say where it is now, as backbone (--backbone)"
+            raise ConfigError([*error.problems, mend]) from error
         there = prompt_layout(base_tokenizer, vocab, max_history=layout.max_history)
         problems = _base_differences(model, there, info, layout, width=tensors["item_in"].shape[1])
         if problems:

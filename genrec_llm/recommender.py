@@ -53,6 +53,10 @@ MOST_HISTORIES = 256
 """Of one batch."""
 
 
+class UnknownUsersWarning(UserWarning):
+    """Some users are not known to the model, and were served as strangers."""
+
+
 class UnknownItemsWarning(UserWarning):
     """Items of a request are not in the model's catalogue and were left out."""
 
@@ -166,7 +170,11 @@ class Recommender:
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device: {device} cannot be used here ({error}): choose another, such as cpu") from error
         if isinstance(source, Path) and not source.is_dir():
-            raise ConfigError(f"{source}: no such directory: give an adapter/ or merged/ directory of a run")
+            mend = f"genrec merge --run {source.parent}" if source.name == MERGED and source.parent.is_dir() else ""
+            raise ConfigError(
+                f"{source}: no such directory: give an adapter/ or merged/ directory of a run"
+                + (f", or make this one: {mend}" if mend else "")
+            )
         folder = local_directory(source, revision=revision)
         if read_info(folder, ADAPTER, TRAINED, MERGED)["kind"] != MERGED:
             loaded = load_trained(folder, backbone=backbone, dtype=dtype, device=device, quantization=quantization)
@@ -225,7 +233,7 @@ class Recommender:
                 it gives what the model says of somebody about whom nothing is known.
             user: raw user id (or one a history, None where there is none), whose row is read beside the history. It
                 does not stand in for the history, which no exported model holds. A user whom the model does not know
-                is served from the history alone.
+                is served from the history alone, with an `UnknownUsersWarning`.
             k: length of a list; lists are shorter where fewer items are eligible.
             exclude_seen: leave out items of the history, those beyond the most recent ones too.
             candidates: raw item ids to choose from, for all histories; without them the whole catalogue.
@@ -248,8 +256,8 @@ class Recommender:
             >>> [found.item for found in recommender.recommend(["tea", "mug"], candidates=["jam", "tea"])]
             ['jam']
         """
-        if k < 1:
-            raise ConfigError(f"k: {k} items cannot be recommended: ask for at least 1")
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise ConfigError(f"k: {k!r} items cannot be recommended: ask for a whole number of at least 1")
         given, many = _histories(history)
         users = self._user_rows(user, len(given), many)
         chosen = None if candidates is None else _ids("candidates", candidates)
@@ -458,7 +466,23 @@ class Recommender:
                 "user: whose row is which stands in users.parquet, which is not beside this model: load it where it lies "
                 "in its run directory, or leave user out"
             )
+        if strangers := self.strangers(raw):
+            warnings.warn(
+                f"user: {counted(len(strangers), 'id')} not among the users of the model, served from the history alone: "
+                f"{listed(map(repr, strangers))}",
+                UnknownUsersWarning,
+                stacklevel=3,
+            )
         return np.array([self._users.user_row(one) for one in raw], dtype=np.int64)
+
+    def strangers(self, users: Iterable[str | None]) -> list[str]:
+        """The raw ids among `users`, each once, whom the model has no row for."""
+        known = self._users
+        return (
+            []
+            if known is None
+            else [one for one in dict.fromkeys(users) if one is not None and not known.user_row(one)]
+        )
 
     def _found(self, items: list[int], values: list[float]) -> list[Recommendation]:
         return [
@@ -511,9 +535,8 @@ def _ids(argument: str, values: Iterable[str]) -> list[str]:
     ids = list(values)
     others = [one for one in ids if not isinstance(one, str)]
     if others:
-        raise DataError(
-            f"{argument}: {listed(map(repr, others))}: an item id or user id is text, such as '{others[0]}'"
-        )
+        number = next((f", such as '{one}'" for one in others if isinstance(one, int | float | np.number)), "")
+        raise DataError(f"{argument}: {listed(map(repr, others))}: an item id or user id is text{number}")
     return ids
 
 

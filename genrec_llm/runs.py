@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,23 +26,24 @@ from genrec_llm.card.facts import stage_facts
 from genrec_llm.card.origins import is_hub_name
 from genrec_llm.checkpoints import MANIFEST, any_written, last_complete_checkpoint, needs_joining
 from genrec_llm.encoded import Data, describe_data, read_data
-from genrec_llm.errors import ConfigError
+from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.export import export_trained
-from genrec_llm.files import atomic_file, read_json, sha256_file, write_json
+from genrec_llm.files import atomic_file, read_json, sha256_file, write_json, writing
 from genrec_llm.guards import validations_without_better
 from genrec_llm.hub import check_remote, push_finished
-from genrec_llm.loading import ADAPTER, MERGED, ROWS_FILE, TRAINED, read_info, trained_directory
+from genrec_llm.loading import ADAPTER, MERGED, ROWS_FILE, TRAINED, check_files, read_info, trained_directory
 from genrec_llm.model import unwrapped
 from genrec_llm.out_of_memory import explained
 from genrec_llm.prediction import Estimate, estimate_run
 from genrec_llm.processes import ALONE, Processes
 from genrec_llm.provenance import provenance
+from genrec_llm.sources import SOURCES
 from genrec_llm.tasks import last_items_weights
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.vocab import ITEMS_FILE, USERS_FILE
 from genrec_llm.world import agree, from_first
 
-RUN_FILE, LOG_FILE = "run.json", "log_history.json"
+RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log_history.json", ".training.lock"
 MODEL_SHAPE = (
     "backbone",
     "backbone_init",
@@ -66,6 +69,8 @@ COURSE = {
     ),
 }  # fmt: skip
 """Arguments that change what training does, or what it keeps: a run that goes on from a checkpoint keeps them."""
+ENDING = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+"""Arguments that say when training ends and which checkpoint is kept: with others a finished run is looked at again."""
 _LATER = {"last_items_share": 0.0, "choose_last_items_share": False}
 """Of these, what the run.json of earlier releases has not, and what they did."""
 
@@ -177,9 +182,71 @@ class RunDirectory:
             raise ConfigError([f"{problem}: choose another --output-dir, or remove that run" for problem in problems])
 
     def train(self, trainer: GenRecTrainer, built: Built) -> None:
-        """Note the start, train (from the last whole checkpoint of this run, if there is one), and export the best model."""
+        """Note the start, train (from the last whole checkpoint of this run, if there is one), and export the best model.
+
+        What has been trained to its end is left as it is.
+
+        Raises:
+            ConfigError: another training writes into this directory, or this one cannot go on from what is there.
+        """
+        with ExitStack() as stack:
+            if not from_first(lambda: self._locked(stack)):
+                raise ConfigError(
+                    f"{self.path}: another training is writing there: wait for its end, or choose another --output-dir"
+                )
+            self._agree(trainer)
+            done = from_first(self._finished)
+            if done is None:
+                self._train(trainer, built)
+            elif trainer.is_world_process_zero():
+                print(f"{self.stage}: was finished before; {done} is as it was", flush=True)
+            if trainer.is_world_process_zero():
+                pretrained = f"genrec finetune … --from-run {self.path} --output-dir …"
+                print(
+                    f"Next: {pretrained if self.stage == 'pretrain' else f'genrec merge --run {self.path}'}", flush=True
+                )
+            if self.training.push_to_hub and trainer.is_world_process_zero():
+                push_finished(
+                    trained_directory(self.path),
+                    str(self.training.hub_model_id),
+                    revision=self.training.hub_revision,
+                    private=bool(self.training.hub_private_repo),
+                    token=self.training.hub_token,
+                )
+
+    def _locked(self, stack: ExitStack) -> bool:
+        """Whether no other process holds this directory; it is held until the stack closes, or this process ends."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((self.path / LOCK_FILE).open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+        stack.callback((self.path / LOCK_FILE).unlink, missing_ok=True)
+        return True
+
+    def _finished(self) -> Path | None:
+        """Where the model is that was trained to its end here, if it and the last checkpoint are whole."""
+        facts = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
+        last = last_complete_checkpoint(self.path)
+        if "epochs" not in facts.get("finished", {}):  # not finished, or by an earlier release, which knew less
+            return None
+        if last != str(self.path / f"checkpoint-{facts['finished']['steps']}"):
+            return None
+        theirs, ours = (each["arguments"]["training"] for each in (facts, self.facts))
+        if any(theirs.get(key) != ours[key] for key in ENDING):
+            return None
+        with suppress(ConfigError):
+            out = trained_directory(self.path)
+            check_files(out, read_info(out, ADAPTER, TRAINED))
+            return out
+        return None
+
+    def _train(self, trainer: GenRecTrainer, built: Built) -> None:
         launch = trainer.launch
-        self._agree(trainer)
         trainable = sum(getattr(p, "ds_numel", p.numel()) for p in built.model.parameters() if p.requires_grad)
         self.facts |= {"launch": launch, "trainable_parameters": trainable, "row_init": built.row_init}
         if isinstance(built.model, PeftModel):
@@ -194,7 +261,7 @@ class RunDirectory:
             print(
                 f"{self.data.name}: {len(self.data.train)} users, {self.data.vocab.num_items} items, "
                 f"{len(trainer.task.lengths)} examples an epoch; {trainable} trainable parameters; "
-                f"item rows from {built.row_init}{going_on}",
+                f"item rows {'as that stage left them' if self.training.from_run else f'from {built.row_init}'}{going_on}",
                 flush=True,
             )
             write_json(self.path / RUN_FILE, self.facts)
@@ -256,14 +323,6 @@ class RunDirectory:
                 f"{self.stage}: best validation NDCG@10 {shown}; {finished['steps']} steps; written to {out}",
                 flush=True,
             )
-            if self.training.push_to_hub:
-                push_finished(
-                    out,
-                    str(self.training.hub_model_id),
-                    revision=self.training.hub_revision,
-                    private=bool(self.training.hub_private_repo),
-                    token=self.training.hub_token,
-                )
 
     def _estimate(self, trainer: GenRecTrainer, built: Built) -> Estimate:
         """What this run takes of memory, by the architecture of its model."""
@@ -345,7 +404,7 @@ def load_run_data(run: Path, *, data_dir: str | None = None, processes: Processe
     """The data set of a run, read again from where it was.
 
     Args:
-        data_dir: where its folder is now, when it has moved.
+        data_dir: where its folder is now, when it has moved; an own file is looked for there by its name.
         processes: as for `load_data`.
 
     Raises:
@@ -358,8 +417,17 @@ def _read_run_data(run: Path, data_dir: str | None) -> Data:
     if not (run / RUN_FILE).is_file():
         raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning")
     facts = read_json(run / RUN_FILE)
-    arguments = facts["arguments"]["data"] | ({"data_dir": data_dir} if data_dir else {})
-    data = read_data(DataArguments(**arguments))
+    arguments = facts["arguments"]["data"]
+    if data_dir:
+        own = {} if arguments["dataset"] in SOURCES else {"dataset": arguments["dataset"]}
+        own |= {"items_file": arguments["items_file"]} if arguments["items_file"] else {}
+        moved = {name: str(Path(data_dir) / Path(file).name) for name, file in own.items()}
+        arguments |= {"data_dir": data_dir} | moved
+    try:
+        data = read_data(DataArguments(**arguments))
+    except DataError as error:
+        mend = f"{run} was trained on it: give its folder, where it is now, as --data-dir"
+        raise DataError([*error.problems, mend]) from error
     problems = [
         f"{run}: its data had {key} {facts['data'][key][:12]}, {arguments['dataset']} now has {getattr(data, key)[:12]}"
         for key in ("fingerprint", "vocabulary")

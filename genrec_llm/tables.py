@@ -72,7 +72,9 @@ def _log_columns(
         else:
             problems.append(table.lacks(column, f"--{target}-column"))
     if time_column in table.names:
-        log["timestamp"] = _seconds(table.cells[time_column])
+        log["timestamp"], doubt = _seconds(table.cells[time_column])
+        if doubt:
+            logger.warning("%s: column %r: %s", path, time_column, doubt)
         timeless = table.cells[time_column][log["timestamp"].isna()]
         mend = "write seconds, or dates such as 2024-01-31T18:00:00 throughout"
         bad = _faults(timeless, "value", "cannot be read as a time", mend)
@@ -154,7 +156,14 @@ class _Table:
     def lacks(self, column: str, option: str) -> str:
         """The problem that a column is absent."""
         has = f"the columns are {', '.join(map(repr, self.names))}" if self.names else "there is no header"
-        return f"no column {column!r}; {has}. Name the right one with {option}."
+        mend = _other_separator(self.names[0]) if len(self.names) == 1 else ""
+        return f"no column {column!r}; {has}. {mend or f'Name the right one with {option}.'}"
+
+
+def _other_separator(header: str) -> str:
+    """The mend where the fields of a table are not separated by what its name says; empty if they seem to be."""
+    found = [name for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if separator in header]
+    return f"Its fields seem to be separated by {found[0]}: a .csv has commas, a .tsv tabs." if found else ""
 
 
 def _read_table(path: Path, wanted: list[str]) -> _Table:
@@ -183,7 +192,9 @@ def _read_csv(path: Path, wanted: list[str], separator: str) -> _Table:
         # Both count rows as if each were a line; "in line" from 1, "at row" from 0, the header first.
         detail = re.sub(r"in line (\d+)", r"in row \1 (the header is row 1)", detail)
         detail = re.sub(r"at row (\d+)", lambda row: f"at row {int(row[1]) + 1} (the header is row 1)", detail)
-        mend = "a row has as many fields as the header, and fields with commas or quotes are quoted"
+        header = text.split("\n", 1)[0]
+        mend = "" if separator in header else _other_separator(header)
+        mend = mend or "a row has as many fields as the header, and fields with commas or quotes are quoted"
         raise DataError(f"{path}: cannot be read as a table: {detail}; {mend}") from error
     table.index = _first_lines(table)
     filled = (table != "").any(axis=1)
@@ -294,25 +305,47 @@ def _whole(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _seconds(values: pd.Series) -> pd.Series:
-    """Times as float64 seconds since 1970, NaN where a value is none; one reading for the whole column."""
+def _seconds(values: pd.Series) -> tuple[pd.Series, str]:
+    """Times as float64 seconds since 1970, NaN where a value is none; one reading for the whole column.
+
+    And what is doubtful about it, if anything is.
+    """
     if pd.api.types.is_datetime64_any_dtype(values):
-        return _since_1970(pd.to_datetime(values, utc=True))
+        return _since_1970(pd.to_datetime(values, utc=True)), ""
     text = pd.Series([str(value) for value in values.tolist()], index=values.index, dtype=object)
     numbers = pd.to_numeric(text, errors="coerce").astype("float64")
-    readings = [numbers.where(np.isfinite(numbers))]
-    if readings[0].isna().any():
+    seconds = numbers.where(np.isfinite(numbers))
+    readings = {"seconds": seconds}
+    if seconds.isna().any():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a day-first guess: the count below settles it
             guesses = {guess_datetime_format(value) for value in text.head(100)} - {None}
-        dates = text.where(text.str.contains(r"\d"), "")  # pandas reads "now" and "today" as times
+        dates = text.where(text.str.contains(r"^[^-].*\d"), "")  # pandas reads "now" as a time, and "-5" as a year
         for form in ("ISO8601", *sorted(guesses)):
-            readings.append(_since_1970(pd.to_datetime(dates, format=form, utc=True, errors="coerce")))
-    return max(readings, key=lambda reading: reading.notna().sum())
+            readings[form] = _read_as(dates, form)
+    form, found = max(readings.items(), key=lambda reading: reading[1].notna().sum())
+    if form == "seconds":
+        doubt = "these seem to be milliseconds; read as seconds, which leaves their order, but no date is right"
+        return found, doubt if found.median() > _FAR else ""
+    if "%m" in form and "%d" in form and not form.startswith("%Y"):
+        swapped = _read_as(dates, re.sub("%[md]", lambda part: {"%m": "%d", "%d": "%m"}[part[0]], form))
+        if swapped.notna().all() and not swapped.equals(found):
+            first = "month" if form.index("%m") < form.index("%d") else "day"
+            shown = f"dates such as {text.iloc[0]!r} can be read in two ways, and are read {first} first"
+            return found, f"{shown}: write 2024-01-31"
+    return found, ""
+
+
+_FAR = 1e11
+"""Seconds; a log whose middle is in the year 5138 has none."""
+
+
+def _read_as(dates: pd.Series, form: str) -> pd.Series:
+    return _since_1970(pd.to_datetime(dates, format=form, utc=True, errors="coerce"))
 
 
 def _since_1970(times: pd.Series) -> pd.Series:
-    return (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    return (times - pd.Timestamp(0, tz="UTC").as_unit("s")).dt.total_seconds()  # nanoseconds end in 2262
 
 
 def _faults(

@@ -44,6 +44,8 @@ def main() -> None:
         )
     if args.push_to_hub:
         push_finished(out, args.hub_model_id, **sharing)
+    if out == Path(args.run) / MERGED:
+        print(f"Next: genrec evaluate --run {args.run}")
 
 
 if __name__ == "__main__":

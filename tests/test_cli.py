@@ -387,6 +387,10 @@ def test_a_file_of_histories_is_answered_line_by_line(
         assert [one["score"] for one in answer["items"]] == pytest.approx([one.score for one in expected], abs=1e-5)
     genrec(monkeypatch, "recommend", str(merged), *flags)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers
+    before = (tmp_path / "in.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        genrec(monkeypatch, "recommend", str(merged), *flags, "--output", str(tmp_path / "." / "in.jsonl"))
+    assert "is the file of histories" in capsys.readouterr().err and (tmp_path / "in.jsonl").read_bytes() == before
 
 
 def test_standard_input_serves_and_other_fields_come_back(

@@ -131,6 +131,8 @@ def test_many_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
         (["2024-01-01 02:00:00+02:00", "1969-12-31 23:59:59"], [1704067200.0, -1.0]),
         (["03/01/2024 10:00", "31/01/2024 10:00"], [1704276000.0, 1706695200.0]),
         (["Jan 03 2024", "Feb 01 2024"], [1704240000.0, 1706745600.0]),
+        (["2024-01-02", "9999-12-31"], [1704153600.0, 253402214400.0]),
+        (["0001-01-01T00:00:00", "2024-01-02"], [-62135596800.0, 1704153600.0]),
     ],
 )
 def test_times_may_be_seconds_or_dates(tmp_path: Path, times: list[str], expected: list[float]) -> None:
@@ -141,11 +143,14 @@ def test_times_may_be_seconds_or_dates(tmp_path: Path, times: list[str], expecte
 
 @pytest.mark.parametrize("zone", [None, "UTC"])
 def test_a_parquet_log_may_have_real_times(tmp_path: Path, zone: str | None) -> None:
-    times = pd.to_datetime(["2024-01-01 00:00:02.5", "2024-01-01 00:00:01.0"]).tz_localize(zone)
-    write_parquet(tmp_path / "log.parquet", pd.DataFrame({"user": "u", "item": ["b", "a"], "timestamp": times}))
+    times = pd.to_datetime(["2024-01-01 00:00:02.5", "9999-12-31", "2024-01-01 00:00:01.0"], format="ISO8601").as_unit(
+        "us"
+    )
+    log = pd.DataFrame({"user": "u", "item": ["b", "never", "a"], "timestamp": times.tz_localize(zone)})
+    write_parquet(tmp_path / "log.parquet", log)
     interactions = read_interactions(tmp_path / "log.parquet")
-    assert interactions.sequences() == {"u": ["a", "b"]}
-    assert interactions.frame["timestamp"].tolist() == [1704067201.0, 1704067202.5]
+    assert interactions.sequences() == {"u": ["a", "b", "never"]}
+    assert interactions.frame["timestamp"].tolist() == [1704067201.0, 1704067202.5, 253402214400.0]
 
 
 def test_without_a_time_column_the_file_is_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,10 +263,41 @@ def test_missing_columns_are_named_with_those_there_and_the_option(tmp_path: Pat
 
 def test_times_that_are_none_are_counted_and_placed(tmp_path: Path) -> None:
     bad = ["now", "", "inf", "1e"]
-    rows = "".join(f"u,i{row},{time}\n" for row, time in enumerate(["1", *bad, "2", "3", "4", "5"]))
+    rows = "".join(f"u,i{row},{time}\n" for row, time in enumerate(["1", *bad, "2", "3", "4", "-5"]))
     (problem,) = problems_of(written(tmp_path, f"user,item,timestamp\n{rows}"))
     assert "4 values cannot be read as a time (line 3: 'now', line 4: '', line 5: 'inf', ...)" in problem
     assert "column 'timestamp'" in problem
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        (
+            ["05/03/2024", "06/03/2024", "07/02/2024"],
+            "dates such as '05/03/2024' can be read in two ways, and are read month",
+        ),
+        (["05/03/2024", "06/03/2024", "17/02/2024"], ""),
+        (["2024-03-05", "2024-03-06", "2024-02-07"], ""),
+        (["2024/03/05", "2024/03/06", "2024/02/07"], ""),
+        (["Mar 05 2024", "Mar 06 2024", "Feb 07 2024"], ""),
+        (["1700000000000", "1700000001000", "1700000002000"], "these seem to be milliseconds"),
+        (["1700000000", "1700000001", "1700000002"], ""),
+    ],
+)
+def test_times_that_may_be_meant_otherwise_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, times: list[str], told: str
+) -> None:
+    rows = "".join(f"u,i{row},{time}\n" for row, time in enumerate(times))
+    path = written(tmp_path, f"user,item,timestamp\n{rows}")
+    read_interactions(path)
+    assert all(f"{path}: column 'timestamp': {told}" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == bool(told)
+
+
+def test_another_separator_is_named(tmp_path: Path) -> None:
+    told = "Its fields seem to be separated by semicolons: a .csv has commas, a .tsv tabs."
+    assert told in problems_of(written(tmp_path, "user;item;timestamp\nu;a;1\n"))[0]
+    assert told in problems_of(written(tmp_path, "user;item;timestamp\nu;a,b;1\n"))[0]
 
 
 def test_dates_in_two_formats_are_refused_and_not_guessed(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from genrec_llm import world
 from genrec_llm.errors import ConfigError
 from genrec_llm.guards import Losses, SameWeights
 from genrec_llm.model import GenRecBackbone
+from genrec_llm.runs import LOCK_FILE
 
 STEPS = ("--max-steps", 8, "--eval-strategy", "no", "--load-best-model-at-end", "false", "--save-strategy", "steps",
          "--save-steps", 2, "--logging-steps", 100, "--save-total-limit", 9)  # fmt: skip
@@ -92,6 +95,51 @@ def test_weights_that_are_no_numbers_are_not_saved(
     error = capsys.readouterr().err
     assert "after step 4 tensors hold NaN or infinite values and are not saved: " in error
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-2'}" in error
+
+
+def test_a_directory_that_another_training_writes_into_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            tiny.train(home / "base", home, run, *STEPS)
+    assert f"error: {run}: another training is writing there" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == [LOCK_FILE]
+
+
+def test_a_finished_run_stays_as_it_is_and_is_measured_where_its_log_went(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "here"
+    log.mkdir()
+    run = tiny.train(home / "base", log, tmp_path / "run")
+    tiny.recipe("merge", "--run", run)
+    tiny.recipe("evaluate", "--run", run)
+    before = tiny.contents(run)
+    assert b"model-index" in before["adapter/README.md"] and LOCK_FILE not in before
+    capsys.readouterr()
+    tiny.train(home / "base", log, run)
+    said = capsys.readouterr().out
+    assert f"finetune: was finished before; {run / 'adapter'} is as it was" in said
+    assert f"Next: genrec merge --run {run}" in said
+    assert tiny.contents(run) == before
+    (run / "adapter" / "id_tokens.safetensors").unlink()  # what is not whole is made again
+    tiny.train(home / "base", log, run)
+    again = tiny.contents(run)
+    assert again["adapter/id_tokens.safetensors"] == before["adapter/id_tokens.safetensors"]
+
+    log.rename(tmp_path / "there")
+    with pytest.raises(SystemExit):
+        tiny.recipe("evaluate", "--run", run)
+    assert f"error: {run} was trained on it: give its folder, where it is now, as --data-dir" in capsys.readouterr().err
+    tiny.recipe("evaluate", "--run", run, "--data-dir", tmp_path / "there")
+    shutil.rmtree(run / "merged")
+    with pytest.raises(SystemExit):
+        tiny.recipe("evaluate", "--run", run, "--data-dir", tmp_path / "there")
+    assert f"or make this one: genrec merge --run {run}" in capsys.readouterr().err
 
 
 class Pretended:

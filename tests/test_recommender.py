@@ -24,10 +24,11 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from genrec_llm import decoding
 from genrec_llm import recommender as module
+from genrec_llm.ask import write_lists
 from genrec_llm.decoding import mask_seen_, top_items
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.model import bare_tokenizer
-from genrec_llm.recommender import Influence, Recommendation, Recommender, UnknownItemsWarning
+from genrec_llm.recommender import Influence, Recommendation, Recommender, UnknownItemsWarning, UnknownUsersWarning
 from genrec_llm.runs import load_run_data
 from genrec_llm.vocab import IdVocab
 
@@ -342,7 +343,11 @@ def test_a_known_user_is_served_with_the_row_that_was_trained(runs: dict[str, Pa
     users = IdVocab.load(runs["t5-untied"]).users
     asked = [users[4], users[11], "nobody@else.example", None]
     assert not torch.equal(rows[5], rows[12])
-    found = recommender.recommend([["i3", "i4"]] * 4, user=asked, k=ITEMS)
+    with pytest.warns(
+        UnknownUsersWarning, match="1 id not among the users of the model.*'nobody@else.example'"
+    ) as caught:
+        found = recommender.recommend([["i3", "i4"]] * 4, user=asked, k=ITEMS)
+    assert [warning.filename for warning in caught] == [__file__]
     history = recommender.vocab.encode_items(["i3", "i4"])
     for one, row in zip(found, (5, 12, 0, 0), strict=True):
         scores = recommender.scores([history], np.array([row]))[0]
@@ -352,6 +357,18 @@ def test_a_known_user_is_served_with_the_row_that_was_trained(runs: dict[str, Pa
     assert found[0] != found[1] and found[2] == found[3]
     assert ids(recommender.recommend(["i3", "i4"], user=users[4], k=ITEMS)) == ids(found[0])
     assert ids(recommender.recommend(["i3", "i4"], k=ITEMS)) == ids(found[3])
+
+
+def test_lines_of_unknown_users_are_counted(recommender: Recommender, runs: dict[str, Path], tmp_path: Path) -> None:
+    known = IdVocab.load(runs["t5-untied"]).users[4]
+    asked = [{"history": ["i3"], "user": user} for user in ("nobody@else.example", known, None, "nobody@else.example")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    files = str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = write_lists(recommender, *files, k=3, exclude_seen=True, exclude=[])
+    told = "served from the history alone, since the model does not know them: 2 lines ('nobody@else.example')"
+    assert done == f"4 lines answered, written to {files[1]}; {told}"
 
 
 PYTEST = {"rel": 1e-4, "abs": 1e-4}
