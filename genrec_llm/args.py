@@ -312,8 +312,12 @@ class GenRecTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         problems = [*_one_of("targets", self.targets, ("all", "last"))]
-        rates = {"learning_rate": self.learning_rate, "rows_learning_rate": self.rows_rate}
-        problems += [f"{name}: {rate} is below 0" for name, rate in rates.items() if not rate >= 0]
+        rates = {"learning_rate": self.learning_rate, "rows_learning_rate": self.rows_learning_rate}
+        problems += [
+            f"{name}: {rate} is not a number of at least 0"
+            for name, rate in rates.items()
+            if rate is not None and not rate >= 0
+        ]
         if self.fp16:
             problems.append(
                 "fp16: T5 overflows to NaN in fp16 (transformers issue 23918): use --bf16 on a GPU that has it (Ampere or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -132,7 +133,12 @@ def write_lists(
         DataError: `source` is absent, or lines are no requests; they are named by number.
         ExportError: `target` cannot be written.
     """
-    if STANDARD not in (source, target) and Path(target).exists() and Path(target).samefile(source):
+    if (
+        STANDARD not in (source, target)
+        and os.path.exists(source)
+        and os.path.exists(target)
+        and os.path.samefile(source, target)
+    ):
         raise DataError(
             f"{target}: is the file of histories, which no answer holds: choose another one for the answers"
         )

@@ -57,8 +57,10 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
                     print(f"error: {problem}", file=sys.stderr, flush=True)
             sys.exit(EXIT_CODE)
         except KeyboardInterrupt:
-            print("\nstopped; what was whole before is still there", file=sys.stderr, flush=True)
-            sys.exit(128 + signal.SIGINT)
+            if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
+                print("\nstopped; what was whole before is still there", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)  # so that a shell's loop over such commands ends as well
 
     return wrapped
 

@@ -399,6 +399,8 @@ def load_trained(
         try:
             model, base_tokenizer = load_backbone(base_name, revision=revision, dtype=whole_dtype)
         except ConfigError as error:
+            if backbone:
+                raise
             mend = f"{folder}: its adapter was trained on that one: say where it is now, as backbone (--backbone)"
             raise ConfigError([*error.problems, mend]) from error
         there = prompt_layout(base_tokenizer, vocab, max_history=layout.max_history)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from genrec_llm.provenance import provenance
 from genrec_llm.sources import SOURCES
 from genrec_llm.tasks import last_items_weights
 from genrec_llm.trainer import GenRecTrainer
-from genrec_llm.vocab import ITEMS_FILE, USERS_FILE
+from genrec_llm.vocab import ITEMS_FILE, USERS_FILE, IdVocab
 from genrec_llm.world import agree, from_first
 
 RUN_FILE, LOG_FILE, LOCK_FILE = "run.json", "log_history.json", ".training.lock"
@@ -216,33 +217,36 @@ class RunDirectory:
 
     def _locked(self, stack: ExitStack) -> bool:
         """Whether no other process holds this directory; it is held until the stack closes, or this process ends."""
+        place = self.path / LOCK_FILE
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((self.path / LOCK_FILE).open("a"))
+            file = stack.enter_context(place.open("a"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:  # a file system without locks
             pass
-        stack.callback((self.path / LOCK_FILE).unlink, missing_ok=True)
+        if not place.exists() or not os.path.samestat(place.stat(), os.fstat(file.fileno())):
+            return False  # of a training that has just ended, and taken it away
+        stack.callback(place.unlink, missing_ok=True)
         return True
 
     def _finished(self) -> Path | None:
         """Where the model is that was trained to its end here, if it and the last checkpoint are whole."""
         facts = read_json(self.path / RUN_FILE) if (self.path / RUN_FILE).is_file() else {}
-        last = last_complete_checkpoint(self.path)
         if "epochs" not in facts.get("finished", {}):  # not finished, or by an earlier release, which knew less
             return None
-        if last != str(self.path / f"checkpoint-{facts['finished']['steps']}"):
+        if last_complete_checkpoint(self.path) != str(self.path / f"checkpoint-{facts['finished']['steps']}"):
             return None
         theirs, ours = (each["arguments"]["training"] for each in (facts, self.facts))
         if any(theirs.get(key) != ours[key] for key in ENDING):
             return None
-        with suppress(ConfigError):
+        with suppress(ConfigError, DataError):
             out = trained_directory(self.path)
             check_files(out, read_info(out, ADAPTER, TRAINED))
-            return out
+            if IdVocab.load(self.path).items.equals(self.data.vocab.items):  # with the titles that there are now
+                return out
         return None
 
     def _train(self, trainer: GenRecTrainer, built: Built) -> None:
@@ -289,6 +293,7 @@ class RunDirectory:
             }
             if resumed == str(self.path / f"checkpoint-{finished['steps']}") and "finished" in before:
                 # No step was left: what it was made by stays, as far as it was written down then.
+                before["arguments"]["training"] |= {name: self.facts["arguments"]["training"][name] for name in ENDING}
                 self.facts, finished = before | {"data": self.facts["data"]}, finished | before["finished"]
             layout = built.layout
             if (share := trainer.chosen_share()) is not None:
@@ -421,11 +426,14 @@ def _read_run_data(run: Path, data_dir: str | None) -> Data:
     if data_dir:
         own = {} if arguments["dataset"] in SOURCES else {"dataset": arguments["dataset"]}
         own |= {"items_file": arguments["items_file"]} if arguments["items_file"] else {}
-        moved = {name: str(Path(data_dir) / Path(file).name) for name, file in own.items()}
+        moved = {name: str(Path(data_dir) / Path(file).name) for name, file in own.items() if not Path(file).is_file()}
         arguments |= {"data_dir": data_dir} | moved
     try:
         data = read_data(DataArguments(**arguments))
     except DataError as error:
+        files = [name for name in (arguments["dataset"], arguments["items_file"]) if name and name not in SOURCES]
+        if all(Path(name).is_file() for name in files):
+            raise
         mend = f"{run} was trained on it: give its folder, where it is now, as --data-dir"
         raise DataError([*error.problems, mend]) from error
     problems = [

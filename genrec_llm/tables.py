@@ -325,13 +325,15 @@ def _seconds(values: pd.Series) -> tuple[pd.Series, str]:
             readings[form] = _read_as(dates, form)
     form, found = max(readings.items(), key=lambda reading: reading[1].notna().sum())
     if form == "seconds":
-        doubt = "these seem to be milliseconds; read as seconds, which leaves their order, but no date is right"
+        doubt = "no seconds, but milliseconds or digits of dates? Read as seconds: their order is right, their dates are not"
         return found, doubt if found.median() > _FAR else ""
     if "%m" in form and "%d" in form and not form.startswith("%Y"):
         swapped = _read_as(dates, re.sub("%[md]", lambda part: {"%m": "%d", "%d": "%m"}[part[0]], form))
         if swapped.notna().all() and not swapped.equals(found):
             first = "month" if form.index("%m") < form.index("%d") else "day"
-            shown = f"dates such as {text.iloc[0]!r} can be read in two ways, and are read {first} first"
+            shown = (
+                f"dates such as {text[swapped != found].iloc[0]!r} can be read in two ways, and are read {first} first"
+            )
             return found, f"{shown}: write 2024-01-31"
     return found, ""
 

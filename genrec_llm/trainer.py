@@ -287,7 +287,7 @@ class GenRecTrainer(Seq2SeqTrainer):
         if not noted:
             return None
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return noted[max(noted) if best is None else best]  # there is no best one where its checkpoint was lost
+        return noted[max(noted) if best is None else best]
 
     def _rank(self, data: EvalData, shares: Sequence[float] | None, *, exclude_seen: bool = True) -> list[Ranks]:
         """As `rank`, for each share of the last items, or for that of the layout alone."""

@@ -424,12 +424,12 @@ def test_bad_lines_are_named_together_and_nothing_is_written(
     with pytest.raises(SystemExit):
         genrec(monkeypatch, "recommend", str(merged), "--input", str(path))
     assert "and 50 more lines" in capsys.readouterr().err
-    for content, words in ((b"", "holds no line"), (None, "cannot be read")):
+    for content, words in ((b"", "holds no line"), (None, "cannot be read")):  # where an output is there, too
         path.unlink()
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(SystemExit):
-            genrec(monkeypatch, "recommend", str(merged), "--input", str(path))
+            genrec(monkeypatch, "recommend", str(merged), "--input", str(path), "--output", str(out))
         assert words in capsys.readouterr().err
         path.touch()
 

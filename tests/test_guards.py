@@ -131,7 +131,16 @@ def test_a_finished_run_stays_as_it_is_and_is_measured_where_its_log_went(
     again = tiny.contents(run)
     assert again["adapter/id_tokens.safetensors"] == before["adapter/id_tokens.safetensors"]
 
+    items = (log / "items.csv").read_text()
+    (log / "items.csv").write_text(items.replace("Item, ", "Thing, "))  # a new title gets into what is exported
+    tiny.train(home / "base", log, run)
+    assert b"Thing, " in tiny.contents(run)["adapter/items.parquet"] != before["adapter/items.parquet"]
+    (log / "items.csv").write_text(items)
+    tiny.train(home / "base", log, run)
+
     log.rename(tmp_path / "there")
+    log.mkdir()
+    (tmp_path / "there" / "items.csv").rename(log / "items.csv")  # which has not moved
     with pytest.raises(SystemExit):
         tiny.recipe("evaluate", "--run", run)
     assert f"error: {run} was trained on it: give its folder, where it is now, as --data-dir" in capsys.readouterr().err

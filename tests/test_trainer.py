@@ -590,9 +590,25 @@ def test_a_finished_run_that_is_started_again_trains_nothing_and_exports_the_sam
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
-    before = (contents(run / "adapter"), contents(run / "checkpoint-6"))
+    before = (tensors_and_words(run / "adapter"), contents(run / "checkpoint-6"))
+    shutil.rmtree(run / "adapter")
     finetune(home, run, *STEPS)
-    assert (contents(run / "adapter"), contents(run / "checkpoint-6")) == before
+    assert (tensors_and_words(run / "adapter"), contents(run / "checkpoint-6")) == before
+
+
+def test_a_finished_run_keeps_another_checkpoint_if_it_is_asked_for(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = ("--num-train-epochs", 2)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([0.8, 0.2]))
+    run = finetune(home, tmp_path / "run", *epochs)
+    monkeypatch.setattr(GenRecTrainer, "rank", scripted([]))
+    kept = []
+    for more in ((), ("--load-best-model-at-end", "false"), ("--load-best-model-at-end", "false"), ()):
+        finetune(home, run, *epochs, *more)
+        kept.append((contents(run / "adapter")["id_tokens.safetensors"], (run / "adapter").stat().st_ino))
+    best, last, again, back = kept
+    assert best[0] == back[0] != last[0] and last == again
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -646,6 +662,7 @@ def test_patience_is_not_given_anew_when_a_run_goes_on_and_a_stopped_run_stays_s
     assert len(list(run.glob("checkpoint-*"))) == 4
 
     monkeypatch.setattr(GenRecTrainer, "rank", scripted([]))  # a validation would fail
+    shutil.rmtree(run / "adapter")
     finetune(home, run, *PATIENT)
     assert tensors_and_words(run / "adapter") == expected and len(list(run.glob("checkpoint-*"))) == 4
 

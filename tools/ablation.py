@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-from genrec_llm.errors import ConfigError, exits_cleanly
+from genrec_llm.errors import ConfigError, DataError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -175,7 +175,10 @@ def recipe(name: str) -> str:
 
 def finished(run: Path) -> bool:
     """Whether a run has ended by itself."""
-    return (run / "run.json").is_file() and "finished" in read_json(run / "run.json")
+    try:
+        return "finished" in read_json(run / "run.json")
+    except DataError:
+        return False
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

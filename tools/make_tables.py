@@ -59,7 +59,8 @@ KEYS = (
     "hardware",
     "seconds",
 )
-"""`commit` is that of the ranking, `trained` that of the training; null where nothing was trained, or nobody noted it."""
+"""`commit` is that of the ranking, `trained` that of the training, null where nothing was trained or
+nobody noted it. `hardware` and `seconds` are those of the training, where there was one."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def row_of(report: EvalReport, model: str, made: Mapping[str, Any], training: Ma
 
     Args:
         made: command, commit and hardware, as an evaluation notes them.
-        training: seed, seconds and commit of it, those that there are.
+        training: seed, seconds, commit and hardware of it, those that there are.
     """
     protocol = report.protocol
     return {
@@ -167,8 +168,9 @@ def row_of(report: EvalReport, model: str, made: Mapping[str, Any], training: Ma
         **{metric: report.metrics[metric.upper()].mean for metric in METRICS},
         "users": protocol.users,
         "candidates": protocol.candidates,
-        **{key: made[key] for key in ("command", "commit", "hardware")},
+        **{key: made[key] for key in ("command", "commit")},
         "trained": training.get("commit"),
+        "hardware": training.get("hardware", made["hardware"]),
         "seconds": training.get("seconds"),
     }
 
@@ -196,6 +198,7 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
         "seed": last["arguments"]["training"]["seed"],
         "seconds": round(sum(facts["finished"]["seconds"] for _, facts in stages), 1),
         "commit": last["commit"],
+        "hardware": last["hardware"],
     }
     rows = []
     for folder in folders:

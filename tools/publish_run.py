@@ -48,7 +48,8 @@ def page(name: str, stages: list[tuple[Path, dict[str, Any]]], reports: dict[str
         "```bash",
     ]
     for _, facts in stages:
-        launched = "python" if facts["launch"]["world_size"] == 1 else "accelerate launch …"
+        alone = facts["launch"]["strategy"] == "NO"
+        launched = "python" if alone else "accelerate launch …"
         lines.append(f"{launched} {facts['command']}")
     lines.append(f"python recipes/merge.py --run {run}")
     lines += [f"python {report['command']}" for report in reports.values()]
