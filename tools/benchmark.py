@@ -133,7 +133,7 @@ class Benchmark:
             for name, other in named.items():
                 found.setdefault((self.model, name), []).append((seed, ours, other))
             if alone := named.get(self.model + HISTORY_ALONE):
-                for name in self.ranked(seed):
+                for name in [name for name in named if name in self.ranked(seed)]:
                     found.setdefault((self.model + HISTORY_ALONE, name), []).append((seed, alone, named[name]))
         pairs = []
         for models, ranked in found.items():
