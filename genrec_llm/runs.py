@@ -423,16 +423,15 @@ def _read_run_data(run: Path, data_dir: str | None) -> Data:
         raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning")
     facts = read_json(run / RUN_FILE)
     arguments = facts["arguments"]["data"]
+    own = {name: arguments.get(name) for name in ("dataset", "items_file")}
+    gone = {name: file for name, file in own.items() if file and file not in SOURCES and not Path(file).is_file()}
     if data_dir:
-        own = {} if arguments["dataset"] in SOURCES else {"dataset": arguments["dataset"]}
-        own |= {"items_file": arguments["items_file"]} if arguments["items_file"] else {}
-        moved = {name: str(Path(data_dir) / Path(file).name) for name, file in own.items() if not Path(file).is_file()}
+        moved = {name: str(Path(data_dir) / Path(file).name) for name, file in gone.items()}
         arguments |= {"data_dir": data_dir} | moved
     try:
         data = read_data(DataArguments(**arguments))
     except DataError as error:
-        files = [name for name in (arguments["dataset"], arguments["items_file"]) if name and name not in SOURCES]
-        if all(Path(name).is_file() for name in files):
+        if not gone:
             raise
         mend = f"{run} was trained on it: give its folder, where it is now, as --data-dir"
         raise DataError([*error.problems, mend]) from error
