@@ -477,12 +477,9 @@ class Recommender:
 
     def strangers(self, users: Iterable[str | None]) -> list[str]:
         """The raw ids among `users`, each once, whom the model has no row for."""
-        known = self._users
-        return (
-            []
-            if known is None
-            else [one for one in dict.fromkeys(users) if one is not None and not known.user_row(one)]
-        )
+        if (known := self._users) is None:
+            return []
+        return [one for one in dict.fromkeys(users) if one is not None and not known.user_row(one)]
 
     def _found(self, items: list[int], values: list[float]) -> list[Recommendation]:
         return [

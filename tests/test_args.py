@@ -174,6 +174,15 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_a_gradient(tmp_p
     assert silent.gradient_checkpointing_kwargs == {"preserve_rng_state": True, "use_reentrant": False}
 
 
+def test_rates_below_nought_are_refused_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        GenRecTrainingArguments(output_dir=str(tmp_path), learning_rate=-1.0, rows_learning_rate=float("nan"))
+    told = ("learning_rate: -1.0 is not a number of", "rows_learning_rate: nan is not a number of")
+    assert [problem.startswith(start) for problem, start in zip(refused.value.problems, told, strict=True)] == [
+        True
+    ] * 2
+
+
 def test_fp16_is_refused_with_the_reason_and_the_mend(tmp_path: Path) -> None:
     yaml = f"output_dir: {tmp_path}\nfp16: true\ntargets: most\n"
     targets, fp16 = problems(tmp_path, yaml, classes=(GenRecTrainingArguments,))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,11 @@ def test_a_launch_that_lost_deepspeed_is_refused(ground: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("error: launch: DeepSpeed was asked for") == 1, done.stderr[-3000:]
     assert not (ground / "lost" / "run.json").exists()
+
+
+def test_ctrl_c_ends_a_recipe_in_a_line_and_by_its_signal() -> None:
+    program = "from genrec_llm.errors import exits_cleanly\n@exits_cleanly\ndef main(): raise KeyboardInterrupt\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=tiny.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGINT and done.stderr == "\nstopped; what was whole before is still there\n"

@@ -303,6 +303,13 @@ def test_known_items_warn_of_nothing(recommender: Recommender) -> None:
         recommender.similar_items("i3")
 
 
+def test_a_length_that_is_none_is_refused(recommender: Recommender) -> None:
+    for k in (0, 2.5, "3"):
+        with pytest.raises(ConfigError, match="a whole number of at least 1"):
+            recommender.recommend(["i1"], k=k)
+    assert len(recommender.recommend(["i1"], k=np.int64(2))) == 2
+
+
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
@@ -310,7 +317,7 @@ def test_known_items_warn_of_nothing(recommender: Recommender) -> None:
         ({"history": ["i1"], "candidates": "i2"}, r"candidates: 'i2' is one id"),
         ({"history": ["i1"], "exclude": "i2"}, r"exclude: 'i2' is one id"),
         ({"history": [3, 4]}, r"history: 3, 4: an item id or user id is text, such as '3'"),
-        ({"history": ["i1", None]}, r"history: None: an item id"),
+        ({"history": ["i1", None]}, r"history: None: an item id or user id is text$"),
         ({"history": [["i1"], "i2"]}, r"history: \['i1'\]: an item id"),
         ({"history": [["i1"], [2]]}, r"history: 2: an item id"),
         ({"history": ["i1"], "candidates": [5]}, r"candidates: 5: an item id"),

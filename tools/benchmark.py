@@ -129,11 +129,11 @@ class Benchmark:
         found: dict[tuple[str, str], list[tuple[int, EvalReport, EvalReport]]] = {}
         for seed in seeds:
             ours, *others = read_reports(self.report(seed))
-            named = dict(beside(ours, others, self.model))
+            named, trained = dict(beside(ours, others, self.model)), self.ranked(seed)
             for name, other in named.items():
                 found.setdefault((self.model, name), []).append((seed, ours, other))
             if alone := named.get(self.model + HISTORY_ALONE):
-                for name in [name for name in named if name in self.ranked(seed)]:
+                for name in [name for name in named if name in trained]:
                     found.setdefault((self.model + HISTORY_ALONE, name), []).append((seed, alone, named[name]))
         pairs = []
         for models, ranked in found.items():
