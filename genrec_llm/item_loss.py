@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from genrec_llm.memory import MOST_SCORES, MOST_SCORES_ON_CPU
+from genrec_llm.memory import MOST_SCORES, scores_at_once
 from genrec_llm.tasks import IGNORED
 
 
@@ -33,7 +33,8 @@ def item_loss(
         label_smoothing: share of the target's probability that is spread over all rows (Szegedy et al., 2016).
         others: frozen rows, `[rows, d_model]` each, that compete with the items, as base tokens do in an ordinary head.
     """
-    most = MOST_SCORES_ON_CPU if hidden.is_cpu else MOST_SCORES
+    rows = sum(len(table) for table in (weight, *others))
+    most = scores_at_once(rows, hidden.shape[1]) if hidden.is_cpu else MOST_SCORES
     if hidden.is_cpu or len(hidden) * len(weight) > most:
         return _in_slices(hidden, weight, labels, label_smoothing, most, others)
     scores = torch.cat([F.linear(hidden, rows.float()) for rows in (weight, *others)], dim=1)

@@ -28,8 +28,16 @@ ZERO3_LIVE = 1_000_000_000
 MOST_SCORES = 2**27
 """Scores of a micro-batch up to which the loss on a GPU makes all of them at once; beyond, as many at a time."""
 MOST_SCORES_ON_CPU = 2**24
-"""Scores of a micro-batch that the loss on a CPU makes at a time, in one tensor that stays (`item_loss`)."""
+"""Scores of a micro-batch that the loss on a CPU makes at a time at most, in one tensor that stays (`item_loss`)."""
 PARTS = ("weights", "id rows", "LoRA", "optimizer state", "gradients", "activations", "logits", "buffers", "temporary")
+
+
+def scores_at_once(rows: int, width: int) -> int:
+    """Scores that the loss on a CPU makes at a time: as many as `rows` of `width` have numbers, which caches hold best.
+
+    With fewer, the rows would pass through the caches more often than the scores; fewer than 2^18 are not worth a slice.
+    """
+    return min(MOST_SCORES_ON_CPU, max(2**18, rows * width))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -246,7 +254,7 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
 
     scores = run.examples * run.targets * run.items
     # Whole ones with their softmax and its gradient; slices are turned into the gradient where they are.
-    most = MOST_SCORES_ON_CPU if run.cpu else MOST_SCORES
+    most = scores_at_once(run.items, shape.d_model) if run.cpu else MOST_SCORES
     sliced = run.cpu or scores > most
     at_loss, at_head = (FP32 * min(scores, most), 0) if sliced else (3 * FP32 * scores, FP32 * scores)
     items, users = size * run.items * shape.d_model, size * run.user_rows * shape.d_model

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genrec_llm import item_loss as module
+from genrec_llm import memory
 from genrec_llm.item_loss import IGNORED, item_loss
 from genrec_llm.model import ItemHead
 
@@ -27,7 +27,7 @@ FP32 = {"rtol": 1e-5, "atol": 1e-6}
 @pytest.fixture
 def most(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets how many scores there may be at once."""
-    yield lambda scores: monkeypatch.setattr(module, "MOST_SCORES_ON_CPU", scores)
+    yield lambda scores: monkeypatch.setattr(memory, "MOST_SCORES_ON_CPU", scores)
 
 
 def drawn(ignored: tuple[int, ...] = (2, 7)) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,13 +185,21 @@ def test_no_tensor_is_larger_than_was_stated(most: Any, smoothing: float) -> Non
     assert largest == {targets * items: targets * items, scores: scores}
 
 
+def test_a_slice_has_as_many_scores_as_the_rows_have_numbers() -> None:
+    targets, items, width = 700, 1_000, 512
+    hidden, rows = torch.randn(targets, width).requires_grad_(), torch.randn(items, width).requires_grad_()
+    with LargestTensor() as seen:
+        item_loss(hidden, rows, torch.randint(items, (targets,))).backward()
+    assert seen.largest == items * width
+
+
 # --- several processes ----------------------------------------------------
 
 IN_SLICES = """
 import runpy, sys
-from genrec_llm import item_loss
+from genrec_llm import item_loss, memory
 made, plain = [], item_loss._in_slices
-item_loss.MOST_SCORES_ON_CPU = 70  # two targets at a time
+memory.MOST_SCORES_ON_CPU = 70  # two targets at a time
 item_loss._in_slices = lambda *given: made.append(len(given[0])) or plain(*given)
 recipe = sys.argv.pop(1)
 from genrec_llm import trainer, world
