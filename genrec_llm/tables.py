@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +53,6 @@ def read_log(
                 wrong = "equal to an earlier one in user, item and time"
                 mend = "keep the first of each with --drop-duplicates"
                 problems += _faults(examples, "row", wrong, mend, show=str)
-    if not len(log):
-        problems.insert(0, "no interactions in the file")
     if drop_duplicates and not problems and "timestamp" not in log:
         why = "without them a duplicate cannot be told from an item taken again"
         problems.append(f"--drop-duplicates needs times, for {why}; leave it out")
@@ -64,7 +64,7 @@ def _log_columns(
     path: Path, user_column: str, item_column: str, time_column: str | None
 ) -> tuple[pd.DataFrame, list[str]]:
     table = _read_table(path, [user_column, item_column, *([time_column] if time_column else [])])
-    log, problems = pd.DataFrame(index=table.cells.index), table.problems
+    log, problems = pd.DataFrame(index=table.cells.index), table.problems or _if_empty(table.cells)
     for column, target in ((user_column, "user"), (item_column, "item")):
         if column in table.names:
             log[target], bad = _ids(table.cells[column])
@@ -98,7 +98,11 @@ def _sequence_lines(path: Path) -> tuple[pd.DataFrame, list[str]]:
     log = pd.DataFrame(rows, columns=["user", "item"], dtype="str")
     alone = pd.Series({number: fields[0] for number, fields in lines.items() if len(fields) == 1})
     mend = "a line is `user item item ...`, separated by white space"
-    return log, _faults(alone.rename_axis("line"), "line", "with a user and no item", mend)
+    return log, _faults(alone.rename_axis("line"), "line", "with a user and no item", mend) or _if_empty(log)
+
+
+def _if_empty(log: pd.DataFrame) -> list[str]:
+    return [] if len(log) else ["no interactions in the file"]
 
 
 def read_catalogue(
@@ -115,7 +119,7 @@ def read_catalogue(
     path = Path(path)
     table = _read_table(path, [item_column, "item", title_column, "categories", "attributes"])
     cells, problems = table.cells, table.problems
-    if not len(cells):
+    if not len(cells) and not problems:
         problems.append("no items in the file")
     column = item_column if item_column in table.names else "item"
     if column not in table.names:
@@ -182,23 +186,51 @@ def _read_csv(path: Path, wanted: list[str], separator: str) -> _Table:
     text = _read_text(path)
     if not text.strip():
         return _Table(pd.DataFrame(index=pd.RangeIndex(0, name="line")), [], [])
+    problems: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose fields
             options = {"keep_default_na": False, "skip_blank_lines": False, "index_col": False}
             table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, **options)
+        _once(path, next(csv.reader(io.StringIO(text, newline=""), delimiter=separator)), wanted)
+        table.index = _first_lines(table)
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        detail = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        # Both count rows as if each were a line; "in line" from 1, "at row" from 0, the header first.
-        detail = re.sub(r"in line (\d+)", r"in row \1 (the header is row 1)", detail)
-        detail = re.sub(r"at row (\d+)", lambda row: f"at row {int(row[1]) + 1} (the header is row 1)", detail)
         header = text.split("\n", 1)[0]
         mend = "" if separator in header else _other_separator(header)
         mend = mend or "a row has as many fields as the header, and fields with commas or quotes are quoted"
-        raise DataError(f"{path}: cannot be read as a table: {detail}; {mend}") from error
-    table.index = _first_lines(table)
+        try:
+            table, problems = _without_long_rows(text, separator, mend)
+        except csv.Error:
+            # Rows are counted as if each were a line: "in line" from 1, "at row" from 0, the header first.
+            detail = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+            detail = re.sub(r"in line (\d+)", r"in row \1 (the header is row 1)", detail)
+            detail = re.sub(r"at row (\d+)", lambda row: f"at row {int(row[1]) + 1} (the header is row 1)", detail)
+            raise DataError(f"{path}: cannot be read as a table: {detail}; {mend}") from error
+        _once(path, list(table), wanted)
     filled = (table != "").any(axis=1)
-    return _Table(table.loc[filled, [column for column in table if column in wanted]], list(table), [])
+    return _Table(table.loc[filled, [column for column in table if column in wanted]], list(table), problems)
+
+
+def _once(path: Path, names: list[str], wanted: list[str]) -> None:
+    twins = [name for name, count in Counter(names).items() if count > 1 and name in wanted]
+    _raise(path, [f"{names.count(name)} columns {name!r}; rename those that are not meant" for name in twins])
+
+
+def _without_long_rows(text: str, separator: str, mend: str) -> tuple[pd.DataFrame, list[str]]:
+    """A table but for its rows with more fields than the header, and the problem of those.
+
+    Raises:
+        csv.Error: a quote that does not end, and the like.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names, rows, line = next(reader), {}, reader.line_num
+    for row in reader:
+        rows[line + 1], line = row, reader.line_num
+    long = pd.Series({line: separator.join(row)[:40] for line, row in rows.items() if len(row) > len(names)}, dtype=str)
+    others = {line: row + [""] * (len(names) - len(row)) for line, row in rows.items() if line not in long}
+    lines = pd.Index(list(others), name="line", dtype="int64")
+    table = pd.DataFrame(list(others.values()), lines, names, dtype=str)
+    return table, _faults(long.rename_axis("line"), "row", f"with more than {len(names)} fields", mend)
 
 
 def _first_lines(table: pd.DataFrame) -> pd.Index:
@@ -240,6 +272,7 @@ def _read_parquet(path: Path, wanted: list[str]) -> _Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
         names = file.schema_arrow.names
+        _once(path, names, wanted)
         cells = file.read([column for column in names if column in wanted]).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a parquet file ({error}); it may have been cut short") from error

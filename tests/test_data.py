@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from genrec_llm import data
@@ -322,10 +324,32 @@ def test_line_breaks_inside_quotes_count_as_lines(tmp_path: Path) -> None:
     assert "line 8: '', line 10: ''" in item
 
 
-@pytest.mark.parametrize("rows", ['u,"a\nb"\nu,b,3\n', 'u,"a\nb"\nu,"c,3\n'])
-def test_the_place_of_a_ragged_or_unclosed_row_is_counted_in_rows(tmp_path: Path, rows: str) -> None:
-    (problem,) = problems_of(written(tmp_path, f"user,item\n{rows}"))
+def test_rows_with_too_many_fields_are_told_with_all_other_problems(tmp_path: Path) -> None:
+    long, user, item = problems_of(written(tmp_path, 'user,item\nu,"a\nb"\nu,b,3\n,c\n\nu,d,e,f\nv\nv,e\n'))
+    assert "2 rows with more than 2 fields (line 4: 'u,b,3', line 7: 'u,d,e,f'); a row has as many" in long
+    assert "column 'user': 1 value empty" in user and "(line 5: '')" in user
+    assert "column 'item': 1 value empty" in item and "(line 8: '')" in item
+
+
+def test_the_place_of_a_quote_that_does_not_end_is_counted_in_rows(tmp_path: Path) -> None:
+    (problem,) = problems_of(written(tmp_path, 'user,item\nu,"a\nb"\nu,"c,3\n'))
     assert "row 3 (the header is row 1)" in problem
+
+
+@pytest.mark.parametrize("more", ["", "u,a,b,1,too\n"])
+def test_two_columns_of_the_wanted_name_are_refused(tmp_path: Path, more: str) -> None:
+    rows = f"user,item,item,note,note\nu,a,b,1,2\n{more}"
+    (problem,) = problems_of(written(tmp_path, rows))
+    assert problem == f"{tmp_path}/log.csv: 2 columns 'item'; rename those that are not meant"
+    assert "2 columns 'note'" in problems_of(tmp_path / "log.csv", item_column="note")[0]
+
+
+def test_two_columns_of_the_wanted_name_are_refused_in_parquet(tmp_path: Path) -> None:
+    columns = [pa.array(["u"]), pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["user", "item", "item"]), tmp_path / "log.parquet")
+    assert problems_of(tmp_path / "log.parquet") == [
+        f"{tmp_path}/log.parquet: 2 columns 'item'; rename those that are not meant"
+    ]
 
 
 def test_equal_rows_are_refused_and_dropped_on_request(tmp_path: Path) -> None:
@@ -372,10 +396,17 @@ def test_a_line_with_a_user_alone_is_placed(tmp_path: Path) -> None:
     assert "1 line with a user and no item (line 2: 'u2')" in problem
 
 
-@pytest.mark.parametrize("rows", ["u,a,1\nu,b,2,3\n", "u,a,1,3\nu,b,2,3\n", 'u,"a,1\nu,b,2\n'])
-def test_ragged_and_unclosed_rows_are_refused(tmp_path: Path, rows: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("u,a,1\nu,b,2,3\n", "1 row with more than 3 fields (line 3: 'u,b,2,3')"),
+        ("u,a,1,3\nu,b,2,3\n", "2 rows with more than 3 fields"),
+        ('u,"a,1\nu,b,2\n', "cannot be read as a table"),
+    ],
+)
+def test_ragged_and_unclosed_rows_are_refused(tmp_path: Path, rows: str, told: str) -> None:
     (problem,) = problems_of(written(tmp_path, f"user,item,timestamp\n{rows}"))
-    assert "cannot be read as a table" in problem
+    assert told in problem and "a row has as many fields as the header" in problem
 
 
 def test_files_that_are_not_what_their_name_says_are_refused(tmp_path: Path) -> None:
