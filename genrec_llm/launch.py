@@ -141,11 +141,9 @@ def run(command: Sequence[str]) -> int:
             signal.signal(number, signal.SIG_IGN)
         if process is not None:
             _end_group(process)
-        print(
-            f"\nstopped by {stopped.signal.name}; a training goes on from its last checkpoint when the same command is "
-            "given again",
-            file=sys.stderr,
-        )
+        trains = any(Path(word).name in ("pretrain.py", "finetune.py") for word in command)
+        mend = "; the same command, given again, goes on from the last checkpoint" if trains else ""
+        print(f"\nstopped by {stopped.signal.name}{mend}", file=sys.stderr)
         return 128 + stopped.signal
     finally:
         for number, handler in before.items():
