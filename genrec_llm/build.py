@@ -13,19 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from genrec_llm.args import GenRecTrainingArguments, ModelArguments
+from genrec_llm.directory import ADAPTER, TRAINED, open_directory, trained_directory
 from genrec_llm.encoded import Data
 from genrec_llm.errors import ConfigError
-from genrec_llm.loading import (
-    ADAPTER,
-    TRAINED,
-    BaseModel,
-    differences,
-    fingerprint,
-    open_directory,
-    quantization_guard,
-    restore,
-    trained_directory,
-)
+from genrec_llm.loading import BaseModel, differences, fingerprint, quantization_guard, restore
 from genrec_llm.model import (
     GenRecBackbone,
     add_id_words,

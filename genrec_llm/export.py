@@ -27,19 +27,10 @@ from genrec_llm import __version__
 from genrec_llm.batching import as_tensors
 from genrec_llm.card.page import write_card
 from genrec_llm.decoding import generate_top_n, one_step_scores, top_items
+from genrec_llm.directory import ADAPTER, FORMAT_VERSION, INFO_FILE, MERGED, ROWS_FILE, TRAINED, WEIGHTS_FILE
 from genrec_llm.errors import ExportError
 from genrec_llm.files import atomic_directory, describe_files, read_json, write_json
-from genrec_llm.loading import (
-    ADAPTER,
-    FORMAT_VERSION,
-    INFO_FILE,
-    MERGED,
-    ROWS_FILE,
-    TRAINED,
-    WEIGHTS_FILE,
-    Loaded,
-    load_merged,
-)
+from genrec_llm.loading import Loaded, load_merged
 from genrec_llm.model import GenRecBackbone, id_tokens_of, unwrapped
 from genrec_llm.rows import embed_scale, head_scale
 from genrec_llm.tasks import PromptLayout

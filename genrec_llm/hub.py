@@ -40,10 +40,10 @@ from huggingface_hub.utils import validate_repo_id
 from genrec_llm.card.figures import PLOTS
 from genrec_llm.card.origins import from_nothing, is_hub_name
 from genrec_llm.card.page import CARD_FILE, model_card
+from genrec_llm.directory import ADAPTER, INFO_FILE, MERGED, ROWS_FILE, TRAINED, WEIGHTS_FILE, check_files, read_info
 from genrec_llm.errors import ConfigError, ExportError, counted
 from genrec_llm.export import write_without_users
 from genrec_llm.files import atomic_directory, describe_files, read_json, write_json, writing
-from genrec_llm.loading import ADAPTER, INFO_FILE, MERGED, ROWS_FILE, TRAINED, WEIGHTS_FILE, check_files, read_info
 from genrec_llm.privacy import problems_inside
 from genrec_llm.vocab import ITEMS_FILE, USERS_FILE
 

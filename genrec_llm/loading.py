@@ -1,8 +1,4 @@
-"""What comes back from an exported directory: its model, and the problems where its files do not fit together.
-
-Every file is compared with what was exported before a library reads it: a lost, cut or changed one is named, and never
-replaced in silence. Nothing is unpickled, and no code comes with a model.
-"""
+"""The model that comes back from an exported directory, and one that goes on from it."""
 
 from __future__ import annotations
 
@@ -10,26 +6,37 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from genrec_llm.errors import ConfigError, DataError, listed
-from genrec_llm.files import changed_files, read_json
+from genrec_llm.directory import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    INFO_FILE,
+    MERGED,
+    ROWS_FILE,
+    TRAINED,
+    WEIGHTS_FILE,
+    mended,
+    open_directory,
+    readable,
+    tensor_shapes,
+)
+from genrec_llm.errors import ConfigError, listed
 from genrec_llm.model import (
     FAMILIES,
     GenRecBackbone,
@@ -39,44 +46,12 @@ from genrec_llm.model import (
     gathered,
     id_tokens_of,
     load_backbone,
-    mask_ids,
     prompt_layout,
     quantized,
 )
-from genrec_llm.tasks import LAST_ITEMS, DecoderPrompt, PromptLayout
-from genrec_llm.vocab import ITEMS_FILE, UNKNOWN_USER_TOKEN, USERS_FILE, IdVocab, UserMode, read_users
+from genrec_llm.tasks import PromptLayout
+from genrec_llm.vocab import IdVocab
 
-FORMAT_VERSION = 1
-INFO_FILE = "genrec.json"
-ROWS_FILE = "id_tokens.safetensors"
-WEIGHTS_FILE = "model.safetensors"
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADAPTER, TRAINED, MERGED = "adapter", "trained", "merged"
-"""Directory names in a run, and the `kind` in their genrec.json. "trained" is full tuning's state, not for sharing."""
-
-LOADABLE = (
-    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".gguf", ".py",
-    ".json", ".model", ".jinja", ".parquet", "vocab.txt", "merges.txt",
-)  # fmt: skip
-"""Endings of files that a library might load in place of those that were exported, or beside them."""
-NEEDED = {
-    ADAPTER: (ADAPTER_CONFIG, ADAPTER_FILE, ROWS_FILE, ITEMS_FILE, "tokenizer.json"),
-    TRAINED: ("config.json", WEIGHTS_FILE, ROWS_FILE, ITEMS_FILE, "tokenizer.json"),
-    MERGED: ("config.json", "generation_config.json", ITEMS_FILE, "tokenizer.json"),
-}
-"""Files of each kind that have to be in the list of genrec.json, so that none is read that was not compared."""
-CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
-"""Files in which `transformers` looks for the names of code to run."""
-FACTS: dict[str, tuple[type, ...]] = {
-    "kind": (str,),
-    "base_model": (dict,), "base_model.name": (str,), "base_model.revision": (str, type(None)), "base_model.type": (str,),
-    "data": (dict,), "data.name": (str,), "data.fingerprint": (str,), "data.vocabulary": (str,),
-    "prompt": (dict,), "user_mode": (str,), "user_buckets": (int,), "id_seed": (int,),
-}  # fmt: skip
-"""What genrec.json has to say, and as which types."""
-_PROMPT = PromptLayout(base=1, num_items=1, num_user_rows=1, mask_ids=(0,), eos_id=0, pad_id=0).to_dict()
-_LATER: dict[str, Any] = {"last_items_weights": []}
-"""What earlier releases did not write into a prompt."""
 _OF_A_RUN = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision"}
 """Settings of PEFT that a run chooses; `add_lora` leaves the others as they are."""
 _SAID_BY_PEFT = {"inference_mode", "peft_version", "task_type", "auto_mapping"}
@@ -84,238 +59,6 @@ LOST = ("missing_keys", "unexpected_keys", "mismatched_keys")
 """Where `transformers` reports weights that it did not find, and would have filled at random, or did not use."""
 _SAMPLE = 64
 """Values of each weight that the fingerprint reads."""
-
-
-# --- the directory ----------------------------------------------------------------------------------------------------
-
-
-def trained_directory(run: Path) -> Path:
-    """The adapter (or full tuning's trained) directory of a finished run.
-
-    Raises:
-        ConfigError: the run has none.
-    """
-    for kind in (ADAPTER, TRAINED):
-        if (run / kind).is_dir():
-            return run / kind
-    raise ConfigError(f"{run}: holds no finished model ({ADAPTER}/ or {TRAINED}/): finish its training first")
-
-
-def read_info(folder: Path, *kinds: str) -> dict[str, Any]:
-    """genrec.json of a directory.
-
-    Raises:
-        ConfigError: not a directory of one of `kinds`, or of another format version.
-    """
-    if not (folder / INFO_FILE).is_file():
-        raise ConfigError(
-            f"{folder}: no {INFO_FILE}: not a directory that genrec_llm exported, or the file was lost: "
-            f"give one that has it ({', '.join(f'{kind}/' for kind in kinds)} of a run)"
-        )
-    try:
-        info = read_json(folder / INFO_FILE)
-    except DataError as error:
-        raise ConfigError(_mended(folder, error)) from error
-    if not isinstance(info, dict):
-        raise ConfigError(_mended(folder, f"{folder / INFO_FILE}: is no json object"))
-    if info.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(
-            f"{folder}: format version {info.get('format_version')}, this genrec_llm reads {FORMAT_VERSION}"
-        )
-    if problems := _wrong_facts(info):
-        raise ConfigError([_mended(folder, f"{folder / INFO_FILE}: {problem}") for problem in problems])
-    if info["kind"] not in kinds:
-        raise ConfigError(
-            f"{folder}: holds a model of kind {info['kind']!r}, expected {' or '.join(kinds)}: give such a one"
-        )
-    return info
-
-
-def _wrong_facts(info: dict[str, Any]) -> list[str]:
-    """What genrec.json lacks or says in another type than the one that this module reads."""
-    problems = []
-    for fact, types in FACTS.items():
-        value: Any = info
-        for key in fact.split("."):
-            value = value.get(key, ...) if isinstance(value, dict) else ...
-        if type(value) not in types:
-            said = "is not there" if value is ... else f"is {value!r}"
-            problems.append(f"{fact} {said}, expected {' or '.join(kind.__name__ for kind in types)}")
-    mode, buckets = info.get("user_mode"), info.get("user_buckets")
-    right = mode in get_args(UserMode) and type(buckets) is int and (buckets > 0 if mode == "hashed" else buckets == 0)
-    if not right:
-        problems.append(f"user_mode {mode!r} and user_buckets {buckets!r} do not go together")
-    prompt = info.get("prompt")
-    if isinstance(prompt, dict):
-        prompt = _LATER | prompt
-        if {key: type(value) for key, value in prompt.items()} != {key: type(value) for key, value in _PROMPT.items()}:
-            problems.append(f"prompt is {prompt}, expected values such as {_PROMPT}")
-        elif prompt["max_history"] < 1 or prompt["decoder_prompt"] not in get_args(DecoderPrompt):
-            problems.append(
-                f"prompt has max_history {prompt['max_history']} and decoder_prompt {prompt['decoder_prompt']!r}, expected "
-                f"at least 1 and one of {', '.join(get_args(DecoderPrompt))}"
-            )
-        elif not _are_weights(prompt["last_items_weights"]):
-            problems.append(
-                f"prompt has last_items_weights {prompt['last_items_weights']}, expected at most {LAST_ITEMS} numbers "
-                "above 0 with a sum below 1"
-            )
-    return problems
-
-
-def _are_weights(values: list[Any]) -> bool:
-    right = all(type(value) is float and value > 0 for value in values)
-    return right and sum(values) < 1 and len(values) <= LAST_ITEMS
-
-
-def check_files(folder: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a directory that is not as it was exported: files lost, cut short, changed, or weights and code put there.
-
-    Args:
-        info: its genrec.json.
-
-    Raises:
-        ConfigError: every such file.
-    """
-    listed = info.get("files", {})
-    if not listed:
-        raise ConfigError(_mended(folder, f"{folder / INFO_FILE}: does not list its files"))
-    if problems := _wrong_list(folder, info):
-        raise ConfigError([_mended(folder, problem) for problem in problems])
-    problems = changed_files(folder, listed)
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
-        name = path.relative_to(folder)
-        if str(name) not in {*listed, INFO_FILE} and name.parts[0] != ".cache" and name.name.endswith(LOADABLE):
-            problems.append(f"{path}: is none of the exported files")
-    if not problems:
-        problems = [
-            f"{folder / name}: has auto_map, the name of code to run, which no exported model has"
-            for name in CONFIGS
-            if name in listed and "auto_map" in read_json(folder / name)
-        ]
-    if problems:
-        raise ConfigError([_mended(folder, problem) for problem in problems])
-
-
-def _wrong_list(folder: Path, info: Mapping[str, Any]) -> list[str]:
-    """Where the list of files in genrec.json is not as an export writes it."""
-    place, listed = folder / INFO_FILE, info["files"]
-    if not isinstance(listed, dict):
-        return [f"{place}: files is {listed!r}, expected the size and hash of each file"]
-    problems = [
-        f"{place}: files has {name!r}, which is no path inside the directory"
-        for name in listed
-        if Path(name).is_absolute() or ".." in Path(name).parts
-    ]
-    problems += [
-        f"{place}: files says {entry!r} of {name!r}, expected bytes and sha256"
-        for name, entry in listed.items()
-        if not isinstance(entry, dict) or (type(entry.get("bytes")), type(entry.get("sha256"))) != (int, str)
-    ]
-    problems += [f"{place}: does not list {name}" for name in NEEDED.get(info["kind"], ()) if name not in listed]
-    if info["kind"] != ADAPTER and ADAPTER_CONFIG in listed:  # transformers would load the base that it names instead
-        problems.append(f"{place}: lists {ADAPTER_CONFIG}, which only an adapter has")
-    return problems
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what a library raises about a file that is as it was listed, but not what its name says, into an error."""
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(_mended(path, f"{path}: cannot be loaded ({reason})")) from error
-
-
-def _mended(folder: Path, problem: object) -> str:
-    return f"{problem}; copy it again, or make {folder} anew"
-
-
-def _shapes(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shapes of a file's tensors and its metadata; no tensor is read."""
-    with _readable(path), safe_open(path, framework="pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _check_together(
-    folder: Path, info: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocab: IdVocab, layout: PromptLayout
-) -> None:
-    """Refuse files that are whole, but of another catalogue than genrec.json."""
-    problems, known = [], tokenizer.get_vocab()
-    if vocab.num_items != layout.num_items:
-        problems.append(f"{ITEMS_FILE} has {vocab.num_items} items, {INFO_FILE} says {layout.num_items}")
-    if len(tokenizer) != layout.vocab_size:
-        problems.append(f"its tokenizer has {len(tokenizer)} tokens, {INFO_FILE} says {layout.vocab_size}")
-    words = ["<item_0>", f"<item_{layout.num_items - 1}>", UNKNOWN_USER_TOKEN]
-    ids = [layout.base, layout.first_user_id - 1, layout.first_user_id]
-    if [known.get(word) for word in words] != ids:
-        problems.append(f"its tokenizer has other ids for {', '.join(words)} than {ids}, which {INFO_FILE} says")
-    special = (mask_ids(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if special != (layout.mask_ids, layout.eos_id, layout.pad_id):
-        problems.append(f"its tokenizer has other ids for the mask, end or padding tokens than {INFO_FILE} says")
-    if info["user_mode"] != "each" and _with_users(info, vocab, ()).fingerprint != info["data"]["vocabulary"]:
-        problems.append(f"{ITEMS_FILE} has other items than those that data.vocabulary of {INFO_FILE} stands for")
-    if info["kind"] != MERGED:
-        shapes, _ = _shapes(folder / ROWS_FILE)
-        width = shapes.get("item_in", [0, 0])[-1]
-        rows = {"item_in": layout.num_items, "item_out": layout.num_items, "user_in": layout.num_user_rows}
-        problems += [
-            f"{name} in {ROWS_FILE} is {shapes.get(name, 'absent')}, by {INFO_FILE} it is {[count, width]}"
-            for name, count in rows.items()
-            if shapes.get(name) != [count, width]
-        ]
-    if problems:
-        raise ConfigError(
-            [f"{folder}: {problem}: its files come from several models; copy it again" for problem in problems]
-        )
-
-
-def open_directory(folder: Path, *kinds: str) -> tuple[dict[str, Any], PreTrainedTokenizerBase, IdVocab, PromptLayout]:
-    """Everything of a directory but its weights: genrec.json, tokenizer, items and prompt, all checked.
-
-    Raises:
-        ConfigError: not a directory of one of `kinds`, or files are lost, cut short or do not fit together.
-    """
-    info = read_info(folder, *kinds)
-    check_files(folder, info)
-    with _readable(folder / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    vocab, layout = IdVocab.load(folder), PromptLayout.from_dict(info["prompt"])
-    _check_together(folder, info, tokenizer, vocab, layout)
-    return info, tokenizer, vocab, layout
-
-
-def _with_users(info: Mapping[str, Any], vocab: IdVocab, users: tuple[str, ...]) -> IdVocab:
-    mode, buckets, seed = info["user_mode"], info["user_buckets"], info["id_seed"]
-    return replace(vocab, users=users, user_mode=mode, user_buckets=buckets, seed=seed)
-
-
-def vocabulary_with_users(folder: Path, info: Mapping[str, Any], vocab: IdVocab) -> IdVocab | None:
-    """The vocabulary that a model was trained with, which knows the rows of raw user ids.
-
-    Where each user has a row, their list is users.parquet of the run directory that the model lies in.
-
-    Args:
-        info, vocab: of the directory.
-
-    Returns:
-        None where that list stayed elsewhere.
-
-    Raises:
-        ConfigError: the list is that of another model.
-    """
-    if info["user_mode"] != "each":
-        return _with_users(info, vocab, ())
-    path = folder.resolve().parent / USERS_FILE
-    if not path.is_file():
-        return None
-    whole = _with_users(info, vocab, read_users(path))
-    if whole.fingerprint != info["data"]["vocabulary"]:
-        raise ConfigError(
-            f"{path}: its users are not those that {folder} was trained on: bring the run's own file back"
-        )
-    return whole
 
 
 # --- the base ---------------------------------------------------------------------------------------------------------
@@ -389,7 +132,7 @@ def load_trained(
         ConfigError: the base is another one than the one trained on, or files are lost, cut short or do not fit together.
     """
     info, tokenizer, vocab, layout = open_directory(folder, ADAPTER, TRAINED)
-    tensors, metadata = load_file(folder / ROWS_FILE), _shapes(folder / ROWS_FILE)[1]
+    tensors, metadata = load_file(folder / ROWS_FILE), tensor_shapes(folder / ROWS_FILE)[1]
     base_name, revision = (backbone, None) if backbone else (info["base_model"]["name"], info["base_model"]["revision"])
     if quantization and info["kind"] == TRAINED:
         raise ConfigError(f"{folder}: quantization: full tuning's state is not quantised: merge it, and load {MERGED}/")
@@ -420,7 +163,7 @@ def load_trained(
     else:
         config = _config(folder, info)
         own_head, tied_head, _ = FAMILIES[config.model_type]
-        has_head = "lm_head.weight" in _shapes(folder / WEIGHTS_FILE)[0]
+        has_head = "lm_head.weight" in tensor_shapes(folder / WEIGHTS_FILE)[0]
         model = (own_head if has_head else tied_head)(config).to(dtype)
     if not quantization:
         model.to(device)
@@ -445,11 +188,11 @@ def load_trained(
 
 def _config(folder: Path, info: Mapping[str, Any]) -> PreTrainedConfig:
     """config.json of a directory that holds a whole backbone."""
-    with _readable(folder / "config.json"):
+    with readable(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != info["base_model"]["type"] or config.model_type not in FAMILIES:
         raise ConfigError(
-            _mended(
+            mended(
                 folder, f"{folder}: is of type {config.model_type!r}, {INFO_FILE} says {info['base_model']['type']!r}"
             )
         )
@@ -459,10 +202,10 @@ def _config(folder: Path, info: Mapping[str, Any]) -> PreTrainedConfig:
 def _lora_config(folder: Path, info: Mapping[str, Any]) -> LoraConfig:
     """adapter_config.json, which has to be LoRA as `add_lora` makes it: what else it says would be left out in silence."""
     path = folder / ADAPTER_CONFIG
-    with _readable(path):
+    with readable(path):
         lora = PeftConfig.from_pretrained(str(folder))
     if not isinstance(lora, LoraConfig):
-        raise ConfigError(_mended(folder, f"{path}: peft_type is {lora.peft_type}, expected LORA"))
+        raise ConfigError(mended(folder, f"{path}: peft_type is {lora.peft_type}, expected LORA"))
     base, plain = info["base_model"], LoraConfig()
     problems = [
         f"its {key} is {value!r}, {INFO_FILE} says {said!r}"
@@ -482,7 +225,7 @@ def _lora_config(folder: Path, info: Mapping[str, Any]) -> LoraConfig:
         if key not in _OF_A_RUN | _SAID_BY_PEFT and value != getattr(plain, key)
     ]
     if problems:
-        raise ConfigError([_mended(folder, f"{path}: {problem}") for problem in problems])
+        raise ConfigError([mended(folder, f"{path}: {problem}") for problem in problems])
     return lora
 
 
@@ -547,7 +290,7 @@ def load_merged(
     info, tokenizer, vocab, layout = open_directory(folder, MERGED)
     quantizing = quantized(quantization, dtype=dtype or torch.float32, device=device)
     config = _config(folder, info)
-    guard = quantization_guard(quantization, device) if quantization else _readable(folder)
+    guard = quantization_guard(quantization, device) if quantization else readable(folder)
     with _without_tie_warning(), guard:
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             folder,
@@ -565,7 +308,7 @@ def load_merged(
     if rows != [layout.vocab_size] * 2:
         problems.append(f"its tables have {rows} rows, {INFO_FILE} says {layout.vocab_size}")
     if problems:
-        raise ConfigError([_mended(folder, f"{folder}: {problem}") for problem in problems])
+        raise ConfigError([mended(folder, f"{folder}: {problem}") for problem in problems])
     return Loaded(model.eval() if quantization else model.eval().to(device), tokenizer, vocab, layout, info)
 
 
@@ -594,11 +337,11 @@ def _without_tie_warning() -> Iterator[None]:
 def differences(model: GenRecBackbone | PeftModel, folder: Path) -> list[str]:
     """Why `model` cannot go on from an exported directory of its kind: other adapters, other tensors; empty if it can."""
     problems = []
-    rows, (_, metadata) = id_tokens_of(model), _shapes(folder / ROWS_FILE)
+    rows, (_, metadata) = id_tokens_of(model), tensor_shapes(folder / ROWS_FILE)
     if ("tied_scale" in metadata) != rows.tied:
         problems.append(f"{folder}: tie_item_rows was {'tied_scale' in metadata} there: set it so here")
     if isinstance(model, PeftModel):
-        stored, _ = _shapes(folder / ADAPTER_FILE)
+        stored, _ = tensor_shapes(folder / ADAPTER_FILE)
         here = {
             name.replace(".default.", "."): list(getattr(value, "ds_shape", value.shape))
             for name, value in model.named_parameters()
@@ -615,10 +358,10 @@ def differences(model: GenRecBackbone | PeftModel, folder: Path) -> list[str]:
         other = [name for name in {**stored, **here} if stored.get(name) != here.get(name)]
         if other and not problems:
             problems.append(
-                _mended(folder, f"{folder / ADAPTER_FILE}: has other tensors than its configuration ({listed(other)})")
+                mended(folder, f"{folder / ADAPTER_FILE}: has other tensors than its configuration ({listed(other)})")
             )
     else:
-        stored, _ = _shapes(folder / WEIGHTS_FILE)
+        stored, _ = tensor_shapes(folder / WEIGHTS_FILE)
         here = {
             name: list(getattr(value, "ds_shape", value.shape))
             for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
@@ -632,7 +375,7 @@ def differences(model: GenRecBackbone | PeftModel, folder: Path) -> list[str]:
 
 def restore(model: GenRecBackbone | PeftModel, folder: Path) -> None:
     """Copy adapters (or backbone) and rows of an exported directory into a model that has no `differences` from it."""
-    tensors, (_, metadata) = load_file(folder / ROWS_FILE), _shapes(folder / ROWS_FILE)
+    tensors, (_, metadata) = load_file(folder / ROWS_FILE), tensor_shapes(folder / ROWS_FILE)
     rows = id_tokens_of(model)
     with torch.no_grad():
         rows.item_in.weight.copy_(tensors["item_in"])

@@ -19,10 +19,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from genrec_llm.card.figures import PLOTS
+from genrec_llm.directory import ADAPTER, ROWS_FILE, TRAINED
 from genrec_llm.errors import ConfigError, GenRecError
 from genrec_llm.evaluation import HEADLINE, HISTORY_ALONE, LAST_ITEMS_TOO, EvalReport, check_comparable
 from genrec_llm.files import atomic_file, read_json
-from genrec_llm.loading import ADAPTER, ROWS_FILE, TRAINED
 from genrec_llm.metrics import hit_rate
 from genrec_llm.runs import LOG_FILE, RUN_FILE, load_run_data
 from genrec_llm.vocab import ITEMS_FILE, IdVocab

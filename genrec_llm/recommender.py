@@ -26,21 +26,12 @@ from genrec_llm.decoding import (
     top_items,
     users_at_once,
 )
+from genrec_llm.directory import ADAPTER, MERGED, TRAINED, read_info, vocabulary_with_users
 from genrec_llm.errors import ConfigError, DataError, counted, listed
 from genrec_llm.evaluation import HISTORY_ALONE, MOST_SCORES_AT_ONCE, WITHOUT_USERS, EvalData, user_batches
 from genrec_llm.hub import local_directory
 from genrec_llm.kernels import quicken
-from genrec_llm.loading import (
-    ADAPTER,
-    MERGED,
-    TRAINED,
-    Loaded,
-    load_merged,
-    load_trained,
-    read_info,
-    try_quantized,
-    vocabulary_with_users,
-)
+from genrec_llm.loading import Loaded, load_merged, load_trained, try_quantized
 from genrec_llm.model import Quantization, id_tokens_of
 from genrec_llm.processes import ALONE, Processes
 from genrec_llm.tasks import Batch

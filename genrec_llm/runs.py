@@ -26,13 +26,13 @@ from genrec_llm.build import Built
 from genrec_llm.card.facts import stage_facts
 from genrec_llm.card.origins import is_hub_name
 from genrec_llm.checkpoints import MANIFEST, any_written, last_complete_checkpoint, needs_joining
+from genrec_llm.directory import ADAPTER, MERGED, ROWS_FILE, TRAINED, check_files, read_info, trained_directory
 from genrec_llm.encoded import Data, describe_data, read_data
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.export import export_trained
 from genrec_llm.files import atomic_file, read_json, sha256_file, write_json, writing
 from genrec_llm.guards import validations_without_better
 from genrec_llm.hub import check_remote, push_finished
-from genrec_llm.loading import ADAPTER, MERGED, ROWS_FILE, TRAINED, check_files, read_info, trained_directory
 from genrec_llm.model import unwrapped
 from genrec_llm.out_of_memory import explained
 from genrec_llm.prediction import Estimate, estimate_run

@@ -20,6 +20,7 @@ from genrec_llm.baselines import Popularity, RecentRepeat
 from genrec_llm.baselines.neural import LastItemsToo, user_order
 from genrec_llm.card.facts import OPENINGS_FILE, describe_measured
 from genrec_llm.card.page import refresh_cards
+from genrec_llm.directory import MERGED
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.evaluation import (
     GeneratedLists,
@@ -29,7 +30,6 @@ from genrec_llm.evaluation import (
     record_opening,
     write_summary,
 )
-from genrec_llm.loading import MERGED
 from genrec_llm.plots import can_draw, draw_run
 from genrec_llm.processes import launched
 from genrec_llm.provenance import provenance

@@ -12,10 +12,11 @@ import torch
 from genrec_llm.args import MergeArguments, parse_args
 from genrec_llm.card.facts import quantized_training
 from genrec_llm.card.page import refresh_cards
+from genrec_llm.directory import MERGED, trained_directory
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.export import merge
 from genrec_llm.hub import check_push, push_finished
-from genrec_llm.loading import MERGED, load_trained, trained_directory
+from genrec_llm.loading import load_trained
 
 
 @exits_cleanly

@@ -22,8 +22,8 @@ from tiny import contents, recipe, tensors_and_words
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from genrec_llm import export
+from genrec_llm.directory import INFO_FILE
 from genrec_llm.files import describe_files, read_json, write_json
-from genrec_llm.loading import INFO_FILE
 from genrec_llm.model import bare_tokenizer
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import load_run_data

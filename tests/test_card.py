@@ -22,9 +22,10 @@ from genrec_llm import provenance as provenance_module
 from genrec_llm.card.origins import base_licence, is_hub_name
 from genrec_llm.card.page import model_card, refresh_cards
 from genrec_llm.checkpoints import MANIFEST, write_manifest
+from genrec_llm.directory import open_directory
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import read_json
-from genrec_llm.loading import load_merged, load_trained, open_directory
+from genrec_llm.loading import load_merged, load_trained
 from genrec_llm.recommender import Recommender
 from genrec_llm.trainer import GenRecTrainer
 

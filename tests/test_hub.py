@@ -29,10 +29,10 @@ from tiny import ITEMS, KINDS, USERS, contents, recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from genrec_llm import privacy
+from genrec_llm.directory import check_files
 from genrec_llm.errors import GenRecError
 from genrec_llm.files import describe_files, read_json, write_json
 from genrec_llm.hub import FILES, local_directory, pull, push
-from genrec_llm.loading import check_files
 from genrec_llm.privacy import problems_inside, redacted
 from genrec_llm.recommender import Recommender
 

@@ -12,9 +12,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+from genrec_llm.directory import MERGED, read_info
 from genrec_llm.errors import ExportError, exits_cleanly
 from genrec_llm.files import atomic_directory
-from genrec_llm.loading import MERGED, read_info
 
 WORDS = {"<item_": "<word_", "<user_": "<name_"}
 """The new names of the old id tokens, so that new items and users can have theirs."""

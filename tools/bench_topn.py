@@ -31,11 +31,12 @@ from transformers.utils import logging
 from genrec_llm.args import DataArguments
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import generate_top_n
+from genrec_llm.directory import MERGED
 from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import EvalData, rank_recommender, user_batches
 from genrec_llm.export import generation_config
-from genrec_llm.loading import MERGED, Loaded
+from genrec_llm.loading import Loaded
 from genrec_llm.out_of_memory import is_out_of_memory
 from genrec_llm.processes import Processes
 from genrec_llm.provenance import provenance

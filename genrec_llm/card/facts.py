@@ -10,8 +10,8 @@ from typing import Any
 from genrec_llm.card.origins import SOURCES, Source, from_nothing
 from genrec_llm.card.words import literal, text
 from genrec_llm.data import named_variant
+from genrec_llm.directory import MERGED, read_info
 from genrec_llm.files import read_json
-from genrec_llm.loading import MERGED, read_info
 from genrec_llm.tasks import PromptLayout
 
 OPENINGS_FILE = "test_openings.jsonl"

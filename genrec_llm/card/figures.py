@@ -7,9 +7,9 @@ from typing import Any
 
 from genrec_llm.card.facts import Facts
 from genrec_llm.card.words import commit_words, table, text
+from genrec_llm.directory import MERGED
 from genrec_llm.evaluation import HEADLINE, HISTORY_ALONE, WITHOUT_USERS
 from genrec_llm.files import read_json
-from genrec_llm.loading import MERGED
 from genrec_llm.metrics import p_words
 
 PLOTS = "plots"

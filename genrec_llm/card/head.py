@@ -10,8 +10,8 @@ from genrec_llm.card.facts import Facts
 from genrec_llm.card.figures import ordered_evaluations, own_report
 from genrec_llm.card.origins import is_hub_name
 from genrec_llm.card.words import table, text
+from genrec_llm.directory import ADAPTER, MERGED, ROWS_FILE, TRAINED
 from genrec_llm.evaluation import HEADLINE
-from genrec_llm.loading import ADAPTER, MERGED, ROWS_FILE, TRAINED
 
 
 def front_matter(facts: Facts) -> ModelCardData:

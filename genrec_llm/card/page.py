@@ -14,9 +14,9 @@ from genrec_llm.card.limits import citation_section, licences_section, limits_se
 from genrec_llm.card.origins import is_hub_name
 from genrec_llm.card.training import data_section, training_section
 from genrec_llm.card.use import use_section
+from genrec_llm.directory import ADAPTER, INFO_FILE, MERGED, ROWS_FILE, TRAINED, read_info, trained_directory
 from genrec_llm.errors import ConfigError
 from genrec_llm.files import atomic_directory, atomic_file, sha256_file, write_json
-from genrec_llm.loading import ADAPTER, INFO_FILE, MERGED, ROWS_FILE, TRAINED, read_info, trained_directory
 from genrec_llm.tasks import PromptLayout
 
 CARD_FILE = "README.md"

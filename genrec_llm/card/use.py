@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from genrec_llm.card.facts import Facts
 from genrec_llm.card.words import literal, text
-from genrec_llm.loading import ADAPTER, MERGED, ROWS_FILE
+from genrec_llm.directory import ADAPTER, MERGED, ROWS_FILE
 from genrec_llm.vocab import IdVocab
 
 
