@@ -13,22 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from genrec_llm.args import GenRecTrainingArguments, ModelArguments
+from genrec_llm.backbone import load_backbone, pinned_revision, quantized, ready_to_train
 from genrec_llm.directory import ADAPTER, TRAINED, open_directory, trained_directory
 from genrec_llm.encoded import Data
 from genrec_llm.errors import ConfigError
 from genrec_llm.loading import BaseModel, differences, fingerprint, quantization_guard, restore
-from genrec_llm.model import (
-    GenRecBackbone,
-    add_id_words,
-    add_lora,
-    load_backbone,
-    pinned_revision,
-    prompt_layout,
-    quantized,
-    ready_to_train,
-)
+from genrec_llm.model import GenRecBackbone, add_lora
 from genrec_llm.rows import initial_rows
 from genrec_llm.tasks import PromptLayout
+from genrec_llm.tokenizer import add_id_words, prompt_layout
 from genrec_llm.vectors import read_item_vectors
 
 

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.files import changed_files, read_json
-from genrec_llm.model import mask_ids
 from genrec_llm.tasks import LAST_ITEMS, DecoderPrompt, PromptLayout
+from genrec_llm.tokenizer import mask_ids
 from genrec_llm.vocab import ITEMS_FILE, UNKNOWN_USER_TOKEN, USERS_FILE, IdVocab, UserMode, read_users
 
 FORMAT_VERSION = 1

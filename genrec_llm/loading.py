@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from genrec_llm.backbone import Quantization, load_backbone, quantized
 from genrec_llm.directory import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -37,19 +38,9 @@ from genrec_llm.directory import (
     tensor_shapes,
 )
 from genrec_llm.errors import ConfigError, listed
-from genrec_llm.model import (
-    FAMILIES,
-    GenRecBackbone,
-    IdTokens,
-    Quantization,
-    add_lora,
-    gathered,
-    id_tokens_of,
-    load_backbone,
-    prompt_layout,
-    quantized,
-)
+from genrec_llm.model import FAMILIES, GenRecBackbone, IdTokens, add_lora, gathered, id_tokens_of
 from genrec_llm.tasks import PromptLayout
+from genrec_llm.tokenizer import prompt_layout
 from genrec_llm.vocab import IdVocab
 
 _OF_A_RUN = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision"}

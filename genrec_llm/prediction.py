@@ -304,7 +304,8 @@ def read_geometry(
         return GEOMETRIES[name], own_head
     from transformers import PreTrainedConfig
 
-    from genrec_llm.model import NAMED_SIZES, bare_tokenizer
+    from genrec_llm.backbone import NAMED_SIZES
+    from genrec_llm.tokenizer import bare_tokenizer
 
     if name in NAMED_SIZES:
         config = NAMED_SIZES[name].to_dict()

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from genrec_llm.backbone import Quantization
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import (
     NOTHING,
@@ -32,7 +33,7 @@ from genrec_llm.evaluation import HISTORY_ALONE, MOST_SCORES_AT_ONCE, WITHOUT_US
 from genrec_llm.hub import local_directory
 from genrec_llm.kernels import quicken
 from genrec_llm.loading import Loaded, load_merged, load_trained, try_quantized
-from genrec_llm.model import Quantization, id_tokens_of
+from genrec_llm.model import id_tokens_of
 from genrec_llm.processes import ALONE, Processes
 from genrec_llm.tasks import Batch
 from genrec_llm.vocab import IdVocab

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T
 from genrec_llm import export
 from genrec_llm.directory import INFO_FILE
 from genrec_llm.files import describe_files, read_json, write_json
-from genrec_llm.model import bare_tokenizer
 from genrec_llm.recommender import Recommender
 from genrec_llm.runs import load_run_data
+from genrec_llm.tokenizer import bare_tokenizer
 from genrec_llm.vocab import IdVocab
 
 Refused = Callable[..., list[str]]

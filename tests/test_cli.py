@@ -263,9 +263,11 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
     import torch
 
+    from genrec_llm.backbone import load_backbone
     from genrec_llm.export import merge
     from genrec_llm.loading import Loaded
-    from genrec_llm.model import IdTokens, add_id_words, load_backbone, prompt_layout
+    from genrec_llm.model import IdTokens
+    from genrec_llm.tokenizer import add_id_words, prompt_layout
     from genrec_llm.vocab import IdVocab
 
     folder = tmp_path_factory.mktemp("tiny")

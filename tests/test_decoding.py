@@ -16,6 +16,7 @@ from tiny import save_backbone
 from torch import Tensor
 
 from genrec_llm import decoding
+from genrec_llm.backbone import load_backbone
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import (
     NOTHING,
@@ -29,8 +30,9 @@ from genrec_llm.decoding import (
 )
 from genrec_llm.export import merge
 from genrec_llm.loading import Loaded, load_merged
-from genrec_llm.model import IdTokens, add_id_words, add_lora, load_backbone, prompt_layout
+from genrec_llm.model import IdTokens, add_lora
 from genrec_llm.tasks import PromptLayout
+from genrec_llm.tokenizer import add_id_words, prompt_layout
 from genrec_llm.vocab import IdVocab
 
 ITEMS, USERS, WIDTH = 12, 3, 16

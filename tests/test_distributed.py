@@ -243,7 +243,8 @@ LOADING = """
 import sys
 from safetensors.torch import load_file
 from genrec_llm.args import GenRecTrainingArguments
-from genrec_llm.model import gathered, load_backbone
+from genrec_llm.backbone import load_backbone
+from genrec_llm.model import gathered
 from genrec_llm.world import leave
 
 training = GenRecTrainingArguments(output_dir=sys.argv[2], global_batch_size=8, use_cpu=True)

@@ -19,11 +19,12 @@ from tiny import ITEMS, RANK, USERS, contents, recipe, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from genrec_llm import export
+from genrec_llm.backbone import load_backbone
 from genrec_llm.batching import as_tensors
 from genrec_llm.decoding import one_step_scores
 from genrec_llm.directory import FORMAT_VERSION, trained_directory
 from genrec_llm.loading import Loaded, fingerprint, load_merged, load_trained
-from genrec_llm.model import GenRecBackbone, load_backbone
+from genrec_llm.model import GenRecBackbone
 from genrec_llm.recommender import Recommender
 from genrec_llm.sources import load_interactions
 from genrec_llm.tasks import PromptLayout

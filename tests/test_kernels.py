@@ -20,9 +20,10 @@ from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5Layer
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
 from genrec_llm import kernels
+from genrec_llm.backbone import load_backbone
 from genrec_llm.batching import as_tensors
 from genrec_llm.kernels import PackedStates, quicken
-from genrec_llm.model import IdTokens, add_lora, load_backbone, unwrapped
+from genrec_llm.model import IdTokens, add_lora, unwrapped
 from genrec_llm.packing import Packing
 from genrec_llm.tasks import MaskedItem, NextItem, PromptLayout, Sequences
 

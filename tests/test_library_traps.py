@@ -120,7 +120,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
 def test_t5_config_turns_tying_on_whatever_is_asked() -> None:
     """Trap 1: `T5Config(tie_word_embeddings=False)` is stored as True; `scale_decoder_outputs` remembers it.
 
-    Our answer: genrec_llm/model.py looks for `lm_head.weight` in the checkpoint instead of asking the config.
+    Our answer: genrec_llm/backbone.py looks for `lm_head.weight` in the checkpoint instead of asking the config.
     When this fails the trap is gone: read the flag of the config and drop that look and the subclass.
     """
     config = t5_config(tie_word_embeddings=False)
@@ -208,7 +208,7 @@ def test_zero3_ties_an_untied_t5_while_loading(untied_checkpoint: Path, tmp_path
 def test_passing_the_flag_leaves_the_inputs_random(untied_checkpoint: Path, right_logits: torch.Tensor) -> None:
     """Trap 1(c): `from_pretrained(..., tie_word_embeddings=False)` unties encoder and decoder as well.
 
-    Our answer: genrec_llm/model.py never passes the flag; it chooses the subclass.
+    Our answer: genrec_llm/backbone.py never passes the flag; it chooses the subclass.
     When this fails the trap is gone: pass the flag and drop the subclass, if 1(a) and 1(b) are gone as well.
     """
     model, report = T5ForConditionalGeneration.from_pretrained(

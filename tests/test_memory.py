@@ -23,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BartConfig, T5Config
 
 from genrec_llm import cli
+from genrec_llm.backbone import load_backbone
 from genrec_llm.batching import GlobalBatches, as_tensors, fixed_shapes
 from genrec_llm.errors import ConfigError
 from genrec_llm.hardware import GIB, HARDWARE
 from genrec_llm.kernels import quicken
 from genrec_llm.memory import activations
-from genrec_llm.model import GenRecBart, GenRecT5, GenRecUntiedT5, IdTokens, add_lora, load_backbone, unwrapped
+from genrec_llm.model import GenRecBart, GenRecT5, GenRecUntiedT5, IdTokens, add_lora, unwrapped
 from genrec_llm.packing import Packing
 from genrec_llm.prediction import (
     by_strategy,

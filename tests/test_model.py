@@ -26,20 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from genrec_llm.backbone import load_backbone
 from genrec_llm.batching import as_tensors
 from genrec_llm.errors import ConfigError
-from genrec_llm.model import (
-    GenRecBackbone,
-    IdTokens,
-    add_id_words,
-    add_lora,
-    bare_tokenizer,
-    id_tokens_of,
-    load_backbone,
-    prompt_layout,
-    unwrapped,
-)
+from genrec_llm.model import GenRecBackbone, IdTokens, add_lora, id_tokens_of, unwrapped
 from genrec_llm.tasks import IGNORED, MaskedItem, NextItem, PromptLayout, Sequences
+from genrec_llm.tokenizer import add_id_words, bare_tokenizer, prompt_layout
 from genrec_llm.vocab import IdVocab
 
 ITEMS, USERS, WIDTH = 9, 4, 16

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import save_backbone
 
+from genrec_llm.backbone import load_backbone
 from genrec_llm.batching import as_tensors
-from genrec_llm.model import GenRecBackbone, IdTokens, add_lora, load_backbone
+from genrec_llm.model import GenRecBackbone, IdTokens, add_lora
 from genrec_llm.packing import MULTIPLE, Packing, best_fit
 from genrec_llm.tasks import IGNORED, IntArray, MaskedItem, NextItem, PromptLayout, Sequences, Task
 

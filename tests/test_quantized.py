@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.backbone import load_backbone, quantized
 from genrec_llm.batching import as_tensors
 from genrec_llm.build import Built, build_model
 from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError
 from genrec_llm.loading import fingerprint, load_trained
-from genrec_llm.model import GenRecUntiedT5, bare_tokenizer, load_backbone, quantized
+from genrec_llm.model import GenRecUntiedT5
 from genrec_llm.prediction import estimate
 from genrec_llm.shape import Shape
 from genrec_llm.tasks import NextItem
+from genrec_llm.tokenizer import bare_tokenizer
 from genrec_llm.trainer import GenRecTrainer, keep_rows_in_32_bits
 from genrec_llm.workload import Run
 

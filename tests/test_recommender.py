@@ -27,9 +27,9 @@ from genrec_llm import recommender as module
 from genrec_llm.ask import write_lists
 from genrec_llm.decoding import mask_seen_, top_items
 from genrec_llm.errors import ConfigError, DataError
-from genrec_llm.model import bare_tokenizer
 from genrec_llm.recommender import Influence, Recommendation, Recommender, UnknownItemsWarning, UnknownUsersWarning
 from genrec_llm.runs import load_run_data
+from genrec_llm.tokenizer import bare_tokenizer
 from genrec_llm.vocab import IdVocab
 
 HISTORIES = [["i3"], ["i1", "i2"], ["i9", "i1", "i9", "i20", "i5"], [], ["cold"]]

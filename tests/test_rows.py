@@ -10,8 +10,9 @@ from tiny import KINDS, save_backbone
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from genrec_llm.backbone import load_backbone
 from genrec_llm.errors import ConfigError
-from genrec_llm.model import GenRecBackbone, IdTokens, load_backbone, prompt_layout
+from genrec_llm.model import GenRecBackbone, IdTokens
 from genrec_llm.rows import (
     VECTOR_WEIGHT,
     cooccurrence_and_vectors,
@@ -21,6 +22,7 @@ from genrec_llm.rows import (
     vector_rows,
 )
 from genrec_llm.tasks import Sequences
+from genrec_llm.tokenizer import prompt_layout
 from genrec_llm.vocab import IdVocab
 
 GROUPS, EACH, UNSEEN = 5, 8, 20

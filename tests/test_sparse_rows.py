@@ -22,9 +22,10 @@ from genrec_llm.batching import as_tensors, train_loader
 from genrec_llm.build import build_model
 from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError
-from genrec_llm.model import id_tokens_of, prompt_layout, unwrapped
+from genrec_llm.model import id_tokens_of, unwrapped
 from genrec_llm.sparse_rows import LazyAdamW, exchange, with_dense_gradients
 from genrec_llm.tasks import MaskedItem, NextItem, Task
+from genrec_llm.tokenizer import prompt_layout
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.world import describe_launch
 

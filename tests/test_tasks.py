@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genrec_llm.data import Interactions, leave_last_two_out
 from genrec_llm.errors import ConfigError
-from genrec_llm.model import prompt_layout
 from genrec_llm.tasks import (
     IGNORED,
     LAST_ITEMS,
@@ -27,6 +26,7 @@ from genrec_llm.tasks import (
     last_items_weights,
     uniform,
 )
+from genrec_llm.tokenizer import prompt_layout
 from genrec_llm.vocab import IdVocab
 
 PAD, EOS = 0, 1

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import contents, recipe, train
 
+from genrec_llm.backbone import load_backbone
 from genrec_llm.directory import open_directory
 from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.files import describe_files, read_json, write_json
-from genrec_llm.model import load_backbone
 from genrec_llm.recommender import Recommender
 
 KINDS = ["adapter", "merged", "trained"]

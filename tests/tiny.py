@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from genrec_llm.evaluation import EvalData
-from genrec_llm.model import GenRecUntiedT5, bare_tokenizer
+from genrec_llm.model import GenRecUntiedT5
+from genrec_llm.tokenizer import bare_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ("t5-tied", "t5-untied", "bart")

@@ -60,7 +60,7 @@ def save_backbone(folder: Path) -> None:
     """Write a T5 with random weights and a tokenizer that knows masks alone."""
     from transformers import T5Config, T5ForConditionalGeneration, set_seed
 
-    from genrec_llm.model import bare_tokenizer
+    from genrec_llm.tokenizer import bare_tokenizer
 
     set_seed(0)
     tokenizer = bare_tokenizer("t5")

@@ -58,19 +58,11 @@ from genrec_llm.batching import as_tensors
 from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.item_loss import item_loss
-from genrec_llm.model import (
-    UNTIED_KEYS,
-    GenRecUntiedT5,
-    IdTokens,
-    ItemHead,
-    add_lora,
-    bare_tokenizer,
-    id_tokens_of,
-    unwrapped,
-)
+from genrec_llm.model import UNTIED_KEYS, GenRecUntiedT5, IdTokens, ItemHead, add_lora, id_tokens_of, unwrapped
 from genrec_llm.provenance import provenance
 from genrec_llm.rows import initial_rows
 from genrec_llm.tasks import NextItem, PromptLayout
+from genrec_llm.tokenizer import bare_tokenizer
 from genrec_llm.trainer import GenRecTrainer
 
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0}

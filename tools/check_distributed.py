@@ -49,9 +49,10 @@ from genrec_llm.directory import ADAPTER, ROWS_FILE
 from genrec_llm.errors import ConfigError, GenRecError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
 from genrec_llm.launch import training_command
-from genrec_llm.model import GenRecUntiedT5, bare_tokenizer
+from genrec_llm.model import GenRecUntiedT5
 from genrec_llm.provenance import provenance
 from genrec_llm.runs import LOG_FILE
+from genrec_llm.tokenizer import bare_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "distributed.md"

@@ -48,28 +48,21 @@ from transformers import TrainerCallback, set_seed
 
 from genrec_llm import kernels
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.backbone import Quantization, load_backbone, quantized, ready_to_train
 from genrec_llm.batching import as_tensors, train_loader
 from genrec_llm.decoding import mask_seen_, top_items
 from genrec_llm.encoded import Data, load_data
 from genrec_llm.errors import ConfigError, exits_cleanly
 from genrec_llm.evaluation import user_batches
 from genrec_llm.files import atomic_file, write_json
-from genrec_llm.model import (
-    GenRecBackbone,
-    GenRecUntiedT5,
-    Quantization,
-    add_lora,
-    bare_tokenizer,
-    load_backbone,
-    quantized,
-    ready_to_train,
-)
+from genrec_llm.model import GenRecBackbone, GenRecUntiedT5, add_lora
 from genrec_llm.prediction import estimate_run
 from genrec_llm.privacy import redacted
 from genrec_llm.provenance import provenance
 from genrec_llm.rows import initial_rows
 from genrec_llm.shape import Shape
 from genrec_llm.tasks import IntArray, MaskedItem, NextItem, Sequences
+from genrec_llm.tokenizer import bare_tokenizer
 from genrec_llm.trainer import GenRecTrainer
 from genrec_llm.workload import Run, operations
 
