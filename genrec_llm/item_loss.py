@@ -21,8 +21,8 @@ def item_loss(
     On a GPU, up to `MOST_SCORES` scores this is `torch.nn.functional.cross_entropy`, which keeps three tensors of them.
     Beyond, and on a CPU always, it goes over slices of targets with one tensor of scores, and makes the gradients on the
     way: as many products as the plain way, and nobody needs the weight again in the backward pass, where ZeRO-3 would
-    have to gather it anew. On a CPU it takes a third to four fifths of the plain way's time, most of which goes into
-    fresh memory.
+    have to gather it anew. On a CPU it takes less time than the plain way, most of whose time goes into fresh
+    memory.
 
     torch 2.13's `linear_cross_entropy` does the same, but has no label smoothing in slices.
 

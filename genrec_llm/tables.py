@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from genrec_llm.errors import DataError, counted, listed
 logger = logging.getLogger(__name__)
 
 TIME_COLUMN = "timestamp"
+_LINE_BREAK = r"\r\n|\r|\n"
 
 
 def read_log(
@@ -66,22 +66,14 @@ def _log_columns(
     table = _read_table(path, [user_column, item_column, *([time_column] if time_column else [])])
     log, problems = pd.DataFrame(index=table.cells.index), table.problems or _if_empty(table.cells)
     for column, target in ((user_column, "user"), (item_column, "item")):
-        if column in table.names:
+        if fault := table.fault(column, f"--{target}-column"):
+            problems.append(fault)
+        else:
             log[target], bad = _ids(table.cells[column])
             problems += bad
-        else:
-            problems.append(table.lacks(column, f"--{target}-column"))
-    if time_column in table.names:
-        log["timestamp"], doubt = _seconds(table.cells[time_column])
-        if doubt:
-            logger.warning("%s: column %r: %s", path, time_column, doubt)
-        timeless = table.cells[time_column][log["timestamp"].isna()]
-        mend = "write seconds, or dates such as 2024-01-31T18:00:00 throughout"
-        bad = _faults(timeless, "value", "cannot be read as a time", mend)
-        problems += [f"column {time_column!r}: {problem}" for problem in bad]
-    elif time_column not in (None, TIME_COLUMN):
-        problems.append(table.lacks(time_column, "--time-column"))
-    elif time_column is not None:
+    if time_column is None:
+        return log, problems
+    if time_column == TIME_COLUMN and time_column not in table.names:
         logger.warning(
             "%s: no column %r, so the order of rows is taken as the order in time; the columns are %s. "
             "If one of them is the time, name it with --time-column",
@@ -89,6 +81,16 @@ def _log_columns(
             TIME_COLUMN,
             ", ".join(map(repr, table.names)),
         )
+    elif fault := table.fault(time_column, "--time-column"):
+        problems.append(fault)
+    else:
+        log["timestamp"], doubt = _seconds(table.cells[time_column])
+        if doubt:
+            logger.warning("%s: column %r: %s", path, time_column, doubt)
+        timeless = table.cells[time_column][log["timestamp"].isna()]
+        mend = "write seconds, or dates such as 2024-01-31T18:00:00 throughout"
+        bad = _faults(timeless, "value", "cannot be read as a time", mend)
+        problems += [f"column {time_column!r}: {problem}" for problem in bad]
     return log, problems
 
 
@@ -121,18 +123,19 @@ def read_catalogue(
     cells, problems = table.cells, table.problems
     if not len(cells) and not problems:
         problems.append("no items in the file")
-    column = item_column if item_column in table.names else "item"
-    if column not in table.names:
-        _raise(path, [*problems, table.lacks(item_column, "--item-column")])
+    column = "item" if item_column not in table.names and "item" in table.names else item_column
+    texts = next((name for name in ("categories", "attributes") if name in table.names), None)
+    used = [column, *(name for name in (title_column, texts) if name in table.names)]
+    if faults := [fault for name in used if (fault := table.fault(name, "--item-column"))]:
+        _raise(path, [*problems, *faults])
     ids, bad = _ids(cells[column])
     problems += bad + _faults(ids[ids.duplicated() & ids.notna()], "repeated item", "", "keep one row an item")
     _raise(path, problems)
     catalogue = {"item": ids}
     if title_column in cells:
         catalogue["title"] = cells[title_column].astype(object).map(_text)
-    for column in ("attributes", "categories"):  # the latter counts where there are both
-        if column in cells:
-            catalogue["categories"] = cells[column].astype(object).map(_text)
+    if texts:
+        catalogue["categories"] = cells[texts].astype(object).map(_text)
     return none_for_missing(pd.DataFrame(catalogue).reset_index(drop=True))
 
 
@@ -157,8 +160,12 @@ class _Table:
     problems: list[str]
     """Of single lines."""
 
-    def lacks(self, column: str, option: str) -> str:
-        """The problem that a column is absent."""
+    def fault(self, column: str, option: str) -> str:
+        """The problem that a column is absent, or there twice; empty where it is there once."""
+        if (count := self.names.count(column)) == 1:
+            return ""
+        if count:
+            return f"{count} columns {column!r}: rename those that are not meant"
         has = f"the columns are {', '.join(map(repr, self.names))}" if self.names else "there is no header"
         mend = _other_separator(self.names[0]) if len(self.names) == 1 else ""
         return f"no column {column!r}; {has}. {mend or f'Name the right one with {option}.'}"
@@ -186,58 +193,62 @@ def _read_csv(path: Path, wanted: list[str], separator: str) -> _Table:
     text = _read_text(path)
     if not text.strip():
         return _Table(pd.DataFrame(index=pd.RangeIndex(0, name="line")), [], [])
-    problems: list[str] = []
+    body = text.lstrip("\r\n")
+    before = len(re.findall(_LINE_BREAK, text[: len(text) - len(body)]))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose fields
             options = {"keep_default_na": False, "skip_blank_lines": False, "index_col": False}
-            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, **options)
-        _once(path, next(csv.reader(io.StringIO(text, newline=""), delimiter=separator)), wanted)
-        table.index = _first_lines(table)
+            table = pd.read_csv(io.StringIO(body), sep=separator, dtype=str, **options)
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        header = text.split("\n", 1)[0]
+        header = body.split("\n", 1)[0]
         mend = "" if separator in header else _other_separator(header)
         mend = mend or "a row has as many fields as the header, and fields with commas or quotes are quoted"
         try:
-            table, problems = _without_long_rows(text, separator, mend)
+            return _without_long_rows(body, wanted, separator, before, mend)
         except csv.Error:
             # Rows are counted as if each were a line: "in line" from 1, "at row" from 0, the header first.
             detail = str(error).strip().removeprefix("Error tokenizing data. C error: ")
             detail = re.sub(r"in line (\d+)", r"in row \1 (the header is row 1)", detail)
             detail = re.sub(r"at row (\d+)", lambda row: f"at row {int(row[1]) + 1} (the header is row 1)", detail)
             raise DataError(f"{path}: cannot be read as a table: {detail}; {mend}") from error
-        _once(path, list(table), wanted)
+    table.index = _first_lines(table) + before
+    names = list(table)
+    if any(f"{name}.1" in names for name in names):  # as pandas calls the second of a name
+        names = next(csv.reader(io.StringIO(body, newline=""), delimiter=separator))
     filled = (table != "").any(axis=1)
-    return _Table(table.loc[filled, [column for column in table if column in wanted]], list(table), problems)
+    return _Table(table.loc[filled, [column for column in table if column in wanted]], names, [])
 
 
-def _once(path: Path, names: list[str], wanted: list[str]) -> None:
-    twins = [name for name, count in Counter(names).items() if count > 1 and name in wanted]
-    _raise(path, [f"{names.count(name)} columns {name!r}; rename those that are not meant" for name in twins])
+def _without_long_rows(text: str, wanted: list[str], separator: str, before: int, mend: str) -> _Table:
+    """A table but for its rows with more fields than the header, which are a problem of it.
 
-
-def _without_long_rows(text: str, separator: str, mend: str) -> tuple[pd.DataFrame, list[str]]:
-    """A table but for its rows with more fields than the header, and the problem of those.
+    Args:
+        before: lines of the file before the text.
 
     Raises:
         csv.Error: a quote that does not end, and the like.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    names, rows, line = next(reader), {}, reader.line_num
+    names = next(reader)
+    places = {name: place for place, name in enumerate(names) if name in wanted}
+    long, lines, cells, first = {}, [], [], reader.line_num + 1
     for row in reader:
-        rows[line + 1], line = row, reader.line_num
-    long = pd.Series({line: separator.join(row)[:40] for line, row in rows.items() if len(row) > len(names)}, dtype=str)
-    others = {line: row + [""] * (len(names) - len(row)) for line, row in rows.items() if line not in long}
-    lines = pd.Index(list(others), name="line", dtype="int64")
-    table = pd.DataFrame(list(others.values()), lines, names, dtype=str)
-    return table, _faults(long.rename_axis("line"), "row", f"with more than {len(names)} fields", mend)
+        if len(row) > len(names):
+            long[before + first] = separator.join(row)[:40]
+        elif any(row):
+            lines.append(before + first)
+            cells.append([row[place] if place < len(row) else "" for place in places.values()])
+        first = reader.line_num + 1
+    table = pd.DataFrame(cells, pd.Index(lines, name="line", dtype="int64"), list(places), dtype=str)
+    wrong = f"with more than {counted(len(names), 'field')}"
+    return _Table(table, names, _faults(pd.Series(long, dtype=str).rename_axis("line"), "row", wrong, mend))
 
 
 def _first_lines(table: pd.DataFrame) -> pd.Index:
     """The line that each row of a csv begins on: a quoted field may hold line breaks."""
-    line_break = r"\r\n|\r|\n"
-    header = 1 + sum(len(re.findall(line_break, name)) for name in table)
-    lines = sum((table[column].str.count(line_break) for column in table), start=1)
+    header = 1 + sum(len(re.findall(_LINE_BREAK, name)) for name in table)
+    lines = sum((table[column].str.count(_LINE_BREAK) for column in table), start=1)
     return pd.Index(header + 1 + lines.cumsum() - lines, name="line", dtype="int64")
 
 
@@ -272,8 +283,8 @@ def _read_parquet(path: Path, wanted: list[str]) -> _Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
         names = file.schema_arrow.names
-        _once(path, names, wanted)
-        cells = file.read([column for column in names if column in wanted]).to_pandas(ignore_metadata=True)
+        once = [column for column in names if column in wanted and names.count(column) == 1]
+        cells = file.read(once).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a parquet file ({error}); it may have been cut short") from error
     cells.index = pd.RangeIndex(1, len(cells) + 1, name="row")

@@ -363,6 +363,14 @@ class GenRecTrainer(Seq2SeqTrainer):
         with self._reading(self.state.best_model_checkpoint):
             super()._load_best_model()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's, but for further names of a tied weight, which a file holds once."""
+        missing = set(load_result.missing_keys)
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        read = {id(weight) for name, weight in weights.items() if name not in missing}
+        lost = [name for name in load_result.missing_keys if id(weights.get(name)) not in read]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The best checkpoint is looked for in this run alone, whatever path it had when the state was saved."""
         done = super()._init_training_state(*args, **kwargs)

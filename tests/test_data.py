@@ -336,19 +336,49 @@ def test_the_place_of_a_quote_that_does_not_end_is_counted_in_rows(tmp_path: Pat
     assert "row 3 (the header is row 1)" in problem
 
 
-@pytest.mark.parametrize("more", ["", "u,a,b,1,too\n"])
+@pytest.mark.parametrize("more", ["", "u,a,b,1,2,3\n"])
 def test_two_columns_of_the_wanted_name_are_refused(tmp_path: Path, more: str) -> None:
-    rows = f"user,item,item,note,note\nu,a,b,1,2\n{more}"
-    (problem,) = problems_of(written(tmp_path, rows))
-    assert problem == f"{tmp_path}/log.csv: 2 columns 'item'; rename those that are not meant"
-    assert "2 columns 'note'" in problems_of(tmp_path / "log.csv", item_column="note")[0]
+    long = ["1 row with more than 5 fields"] if more else []
+    path = written(tmp_path, f"user,item,item,note,note\nu,a,b,1,2\n{more}")
+    assert [problem.split(" (")[0] for problem in problems_of(path)] == [
+        f"{path}: {problem}" for problem in (*long, "2 columns 'item': rename those that are not meant")
+    ]
+    assert "2 columns 'note'" in problems_of(path, item_column="note")[-1]
+    assert "no column 'item.1'" in problems_of(path, item_column="item.1")[-1]
+
+
+def test_two_columns_of_a_name_that_is_not_wanted_are_left(tmp_path: Path) -> None:
+    assert read_interactions(written(tmp_path, "user,item,note,note\nu,a,1,2\n")).sequences() == {"u": ["a"]}
+    table = read_catalogue(
+        written(tmp_path, "asin,item,item,attributes,attributes,categories\n1,,,a,b,c\n", "items.csv"),
+        item_column="asin",
+    )
+    assert table.to_dict("records") == [{"item": "1", "categories": "c"}]
+    with pytest.raises(DataError, match="2 columns 'attributes'"):
+        read_catalogue(written(tmp_path, "item,attributes,attributes\n1,a,b\n", "items.csv"))
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n", "\n\n\n"])
+def test_blank_lines_before_the_header_are_skipped_and_counted(tmp_path: Path, blank: str) -> None:
+    path = written(tmp_path, "")
+    path.write_bytes(f"{blank}user,item\nu,a\n".encode())
+    assert read_interactions(path).sequences() == {"u": ["a"]}
+    path.write_bytes(f"{blank}user,item\nu,\n".encode())
+    assert f"line {blank.count(chr(10)) + 2}: ''" in problems_of(path)[0]
+    path.write_bytes(f"{blank}user,item\nu,a,b\n".encode())
+    assert f"line {blank.count(chr(10)) + 2}: 'u,a,b'" in problems_of(path)[0]
+
+
+def test_a_very_long_header_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path, f"user,item,{'x' * 140_000}\nu,a,1\n")
+    assert read_interactions(path).sequences() == {"u": ["a"]}
 
 
 def test_two_columns_of_the_wanted_name_are_refused_in_parquet(tmp_path: Path) -> None:
     columns = [pa.array(["u"]), pa.array(["a"]), pa.array(["b"])]
     pq.write_table(pa.Table.from_arrays(columns, names=["user", "item", "item"]), tmp_path / "log.parquet")
     assert problems_of(tmp_path / "log.parquet") == [
-        f"{tmp_path}/log.parquet: 2 columns 'item'; rename those that are not meant"
+        f"{tmp_path}/log.parquet: 2 columns 'item': rename those that are not meant"
     ]
 
 

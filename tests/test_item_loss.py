@@ -187,10 +187,16 @@ def test_no_tensor_is_larger_than_was_stated(most: Any, smoothing: float) -> Non
 
 def test_a_slice_has_as_many_scores_as_the_rows_have_numbers() -> None:
     targets, items, width = 700, 1_000, 512
-    hidden, rows = torch.randn(targets, width).requires_grad_(), torch.randn(items, width).requires_grad_()
-    with LargestTensor() as seen:
+    hidden, rows = torch.randn(targets, width).requires_grad_(), torch.randn(items, width)
+    with LargestTensor() as seen:  # the scores: no gradient of the rows is as large
         item_loss(hidden, rows, torch.randint(items, (targets,))).backward()
     assert seen.largest == items * width
+
+
+def test_slices_are_neither_tiny_nor_huge() -> None:
+    assert memory.scores_at_once(1_000, 16) == memory.scores_at_once(10, 8) == 2**18
+    assert memory.scores_at_once(12_101, 64) == 12_101 * 64
+    assert memory.scores_at_once(1_000_000, 64) == memory.MOST_SCORES_ON_CPU
 
 
 # --- several processes ----------------------------------------------------

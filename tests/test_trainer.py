@@ -481,6 +481,20 @@ def test_the_exported_model_has_the_metric_that_is_written_beside_it(home: Path,
 # --- checkpoints ----------------------------------------------------------
 
 
+def test_only_weights_that_are_lost_are_warned_of(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = trainer("t5-untied", {"tuning": "full", "tie_item_rows": True})
+    result = built.model.load_state_dict({}, strict=False)
+    tied = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "id_tokens.item_out.weight"]
+    assert {*tied, "lm_head.weight"} < set(result.missing_keys)
+    said: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
+    built._issue_warnings_after_load(result._replace(missing_keys=tied))
+    assert not said
+    built._issue_warnings_after_load(result._replace(missing_keys=[*tied, "lm_head.weight"]))
+    (warning,) = said
+    assert warning.endswith("['lm_head.weight'].")
+
+
 def finetune(home: Path, out: Path, *arguments: object) -> Path:
     recipe(
         "finetune", "--dataset", home / "log.csv", "--backbone", home / "t5-untied", "--output-dir", out,
