@@ -435,7 +435,7 @@ def draw(rows: Sequence[Row], dataset: str, path: Path) -> None:
     split = next(split for split in SPLITS if any(row["split"] == split for row in of_set))
     panels = {p: lines_of([r for r in of_set if r["split"] == split and r["protocol"] == p]) for p in PROTOCOLS}
     panels = {protocol: lines for protocol, lines in panels.items() if lines}
-    size = (5.0 * len(panels), 0.9 + 0.32 * max(map(len, panels.values())))
+    size = (6.5 * len(panels), 0.9 + 0.32 * max(map(len, panels.values())))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (protocol, lines) in enumerate(panels.items(), 1):
