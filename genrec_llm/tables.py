@@ -26,7 +26,6 @@ from genrec_llm.errors import DataError, counted, listed
 logger = logging.getLogger(__name__)
 
 TIME_COLUMN = "timestamp"
-_LINE_BREAK = r"\r\n|\r|\n"
 
 
 def read_log(
@@ -194,13 +193,12 @@ def _read_csv(path: Path, wanted: list[str], separator: str) -> _Table:
     if not text.strip():
         return _Table(pd.DataFrame(index=pd.RangeIndex(0, name="line")), [], [])
     body = text.lstrip("\r\n")
-    before = len(re.findall(_LINE_BREAK, text[: len(text) - len(body)]))
+    before = len(text[: len(text) - len(body)].splitlines())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose fields
-            options = {"keep_default_na": False, "skip_blank_lines": False, "index_col": False}
-            table = pd.read_csv(io.StringIO(body), sep=separator, dtype=str, **options)
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        # Without a header of its own: pandas would rename twins, and lose fields of rows that are longer.
+        options = {"header": None, "keep_default_na": False, "skip_blank_lines": False}
+        table = pd.read_csv(io.StringIO(body), sep=separator, dtype=str, **options)
+    except pd.errors.ParserError as error:
         header = body.split("\n", 1)[0]
         mend = "" if separator in header else _other_separator(header)
         mend = mend or "a row has as many fields as the header, and fields with commas or quotes are quoted"
@@ -213,11 +211,10 @@ def _read_csv(path: Path, wanted: list[str], separator: str) -> _Table:
             detail = re.sub(r"at row (\d+)", lambda row: f"at row {int(row[1]) + 1} (the header is row 1)", detail)
             raise DataError(f"{path}: cannot be read as a table: {detail}; {mend}") from error
     table.index = _first_lines(table) + before
-    names = list(table)
-    if any(f"{name}.1" in names for name in names):  # as pandas calls the second of a name
-        names = next(csv.reader(io.StringIO(body, newline=""), delimiter=separator))
-    filled = (table != "").any(axis=1)
-    return _Table(table.loc[filled, [column for column in table if column in wanted]], names, [])
+    names, rows = [str(name) for name in table.iloc[0]], table.iloc[1:]
+    filled = (rows != "").any(axis=1)
+    places = {name: place for place, name in enumerate(names) if name in wanted}
+    return _Table(rows.loc[filled, [*places.values()]].set_axis([*places], axis=1), names, [])
 
 
 def _without_long_rows(text: str, wanted: list[str], separator: str, before: int, mend: str) -> _Table:
@@ -246,10 +243,9 @@ def _without_long_rows(text: str, wanted: list[str], separator: str, before: int
 
 
 def _first_lines(table: pd.DataFrame) -> pd.Index:
-    """The line that each row of a csv begins on: a quoted field may hold line breaks."""
-    header = 1 + sum(len(re.findall(_LINE_BREAK, name)) for name in table)
-    lines = sum((table[column].str.count(_LINE_BREAK) for column in table), start=1)
-    return pd.Index(header + 1 + lines.cumsum() - lines, name="line", dtype="int64")
+    """The line that each row of a csv begins on, the header's among them: a quoted field may hold line breaks."""
+    lines = sum((table[column].str.count(r"\r\n|\r|\n") for column in table), start=1)
+    return pd.Index(1 + lines.cumsum() - lines, name="line", dtype="int64")
 
 
 def _read_jsonl(path: Path, wanted: list[str]) -> _Table:
