@@ -277,8 +277,8 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     per_decoder = FP32 * (backbone - shape.embedding_parameters if full else lora) * share / (n if partitioned else 1)
     tables = items * (1 if run.tied_rows else 2) + users + words
     # Tables are looked up once. Where scores use one too it has a second gradient, and autograd (torch 2.13) writes the
-    # sum into a third: after the gradient of users, before that of words.
-    sums = 2 * items if run.tied_rows else 0
+    # sum into a third, or into the first where slices have made that: after the gradient of users, before that of words.
+    sums = (1 if sliced else 2) * items if run.tied_rows else 0
     if run.accumulation > 1:  # each gradient is added to that of the micro-batches before as soon as it is there
         at_scores = items if run.tied_rows else 0
         embedding = max(at_scores + users, at_scores + sums, items, words)
