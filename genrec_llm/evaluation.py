@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,18 @@ class EvalReport:
             "NDCG@10": paired_difference(ndcg(self.ranks, 10), ndcg(baseline.ranks, 10)),
         }
 
+    def first_places(self, k: int = CUTOFFS[-1]) -> EvalReport:
+        """What the first `k` places of the lists tell: a few kilobytes on disk, for comparisons with runs that are gone.
+
+        HR and NDCG up to `k`, novelty and coverage stay; MRR, which looks further, is left out, and every target
+        behind these places has `k` items better.
+        """
+        behind = self.ranks.better >= k
+        better, tied = np.where(behind, k, self.ranks.better), np.where(behind, 0, self.ranks.tied)
+        metrics = {name: interval for name, interval in self.metrics.items() if name != "MRR"}
+        metrics = {name: interval for name, interval in metrics.items() if int(name.split("@")[1]) <= k}
+        return replace(self, metrics=metrics, ranks=Ranks(better, tied, self.ranks.candidates))
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-user ranks, ready for `json.dumps`; NaN becomes null."""
         return {
@@ -282,7 +294,13 @@ class EvalReport:
 
         columns = {"user_row": self.user_rows, "better": self.ranks.better, "tied": self.ranks.tied}
         with atomic_file(Path(directory) / "ranks.parquet") as temporary:
-            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+            pyarrow.parquet.write_table(
+                pyarrow.table(columns),
+                temporary,
+                compression="zstd",
+                use_dictionary=["better", "tied"],
+                column_encoding={"user_row": "DELTA_BINARY_PACKED"},
+            )
         write_json(Path(directory) / "report.json", self.to_json())
 
     @classmethod

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import make_tables
 import pytest
 import tiny
 
+from genrec_llm.errors import DataError
+from genrec_llm.evaluation import EvalReport
 from genrec_llm.files import read_json
+from genrec_llm.metrics import ndcg
 
 
 @pytest.mark.slow
@@ -41,6 +46,20 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     assert [pair["rival"] for pair in pairs if pair["model"] == "genrec-tiny, history alone"] == ["hgn"]
     assert all(pair["seeds"] == [0, 1] for pair in pairs)
 
+    # What is kept of each user gives the rows and the pairs, without the runs.
+    make_tables.check_kept(rows, quality)
+    folders = {seed: make_tables.kept_report(quality, ours | {"seed": seed}) for seed in (0, 1)}
+    whole = EvalReport.load(tmp_path / "out" / "seed-1" / "finetune" / "evaluation" / "test" / "GenRec")
+    kept = EvalReport.load(folders[1])
+    assert (kept.protocol, "MRR" in kept.metrics) == (whole.protocol, False)
+    assert ndcg(kept.ranks, 20).tolist() == ndcg(whole.ranks, 20).tolist()
+    folders[1].rename(tmp_path / "aside")
+    folders[0].rename(folders[1])
+    with pytest.raises(DataError, match=r"genrec-tiny_seed_1: .* for its ranks"):
+        make_tables.check_kept(rows, quality)
+    folders[1].rename(folders[0])
+    (tmp_path / "aside").rename(folders[1])
+
     tiny.run([*command, "--keep-seen"])
     kept = [row for row in read_json(quality) if row["protocol"] == "seen kept"]
     assert {row["model"] for row in kept} == {*trained, "popularity", "item-kNN", "recent repeat"}
@@ -53,6 +72,11 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     # Nothing was ranked again, and each row still says what makes it, whatever rivals the command names.
     assert len(opened.read_text().splitlines()) == 2 and len(tables[0]) == len(rows) + len(kept)
     assert [read_json(tmp_path / name) for name in ("quality.json", "quality_pairs.json")] == tables
+    # A seed whose run is gone still counts in the pairs, by what is kept of it.
+    shutil.rmtree(tmp_path / "out" / "seed-0")
+    (tmp_path / "quality_pairs.json").unlink()
+    tiny.run([word for word in command if word != "0"])
+    assert all(pair["seeds"] == [0, 1] for pair in read_json(tmp_path / "quality_pairs.json"))
 
 
 def test_what_is_missing_is_named_at_once(tmp_path: Path) -> None:

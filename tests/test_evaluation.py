@@ -24,7 +24,7 @@ from genrec_llm.evaluation import (
     markdown,
     rank_recommender,
 )
-from genrec_llm.metrics import hit_rate
+from genrec_llm.metrics import hit_rate, ndcg
 
 USERS, ITEMS = 103, 30
 
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(
     report_of(Constant(), data).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def half_written(table: object, path: Path) -> None:
+    def half_written(table: object, path: Path, **how: object) -> None:
         path.write_bytes(b"PAR1")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -184,6 +184,19 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(
     with pytest.raises(ExportError, match="No space left"):
         report_of(Noisy("new", data, 1.0), data).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_first_places_tell_what_they_tell_and_no_more(data: EvalData, tmp_path: Path) -> None:
+    whole = report_of(Noisy("new", data, 0.5), data)
+    first = whole.first_places(10)
+    assert {*first.metrics} == {*whole.metrics} - {"MRR", "HR@20", "NDCG@20"}
+    first.save(tmp_path)
+    kept = EvalReport.load(tmp_path)
+    for k in (1, 5, 10):
+        assert np.array_equal(hit_rate(kept.ranks, k), hit_rate(whole.ranks, k))
+        assert np.array_equal(ndcg(kept.ranks, k), ndcg(whole.ranks, k))
+    assert kept.ranks.better.max() == 10 < whole.ranks.better.max() and kept.metrics == first.metrics
+    assert kept.compare(whole)["NDCG@10"].mean == 0
 
 
 def test_rivals_are_ranked_in_batches_of_the_size_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

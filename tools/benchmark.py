@@ -6,8 +6,9 @@
 
 `--configs` is a folder with finetune.yaml, and pretrain.yaml where that names a `from_run`; `--rivals` are entries of
 tools/rivals.yaml, trained on its data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it
-measured goes to docs/results/quality.json, each row with the command of this tool that makes its seed again, with the paired
-differences over the seeds that are named.
+measured goes to docs/results/quality.json, each row with the command of this tool that makes its seed again. In ranks/
+beside it stay the first places of each user; paired differences are over all seeds of both models that are there, also
+those of earlier calls, whose runs may be gone.
 Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
 validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
 models, each chosen by validation with seen items removed, with the items of the history kept.
@@ -29,7 +30,20 @@ from typing import Any
 
 import yaml
 from ablation import BASE, REPOSITORY, Trial, recipe
-from make_tables import OURS, QUALITY, SPLITS, Pair, Row, beside, pair_of, put, put_pairs, rows_of_run
+from make_tables import (
+    OURS,
+    QUALITY,
+    SPLITS,
+    Pair,
+    Row,
+    beside,
+    keep_report,
+    kept_report,
+    pair_of,
+    put,
+    put_pairs,
+    rows_of_run,
+)
 
 from genrec_llm.args import DataArguments
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
@@ -112,33 +126,46 @@ class Benchmark:
         words += ["--keep-seen"] if self.keep_seen else []
         return shlex.join(map(str, [*words, "--split", self.split, "--out", self.out]))
 
-    def rows(self, seed: int) -> list[Row]:
-        """Rows of quality.json for this split and protocol."""
+    def add(self, seed: int, quality: Path) -> Row:
+        """Put the rows of this split and protocol into quality.json, and keep the report of each beside it.
+
+        Returns:
+            Our row.
+        """
         rows = rows_of_run(self.run(seed), self.model, self.report(seed).name)
         names = [row["model"].removesuffix(LAST_ITEMS_TOO) for row in rows]
         ranked = self.ranked(seed)
-        return [
+        rows = [
             row | {"command": self.command(name if name in ranked else None, seed)}
             for row, name in zip(rows, names, strict=True)
         ]
+        put(quality, rows)
+        ours, *others = read_reports(self.report(seed))
+        reports = [ours, *(report for _, report in beside(ours, others, self.model))]
+        for row, report in zip(rows, reports, strict=True):
+            keep_report(quality, row, report)
+        return rows[0]
 
-    def pairs(self, seeds: Sequence[int]) -> list[Pair]:
-        """Ours minus each recommender that stands beside it, over the seeds that have it; and ours, by the history alone,
-        minus each trained rival, ranked so too.
+    def pairs(self, quality: Path, own: Row) -> list[Pair]:
+        """Ours minus each recommender of its row's table, over the seeds that have a kept report of both; and ours, by
+        the history alone, minus each trained rival, ranked so too.
         """
-        found: dict[tuple[str, str], list[tuple[int, EvalReport, EvalReport]]] = {}
-        for seed in seeds:
-            ours, *others = read_reports(self.report(seed))
-            named, trained = dict(beside(ours, others, self.model)), self.ranked(seed)
-            for name, other in named.items():
-                found.setdefault((self.model, name), []).append((seed, ours, other))
-            if alone := named.get(self.model + HISTORY_ALONE):
-                for name in [name for name in named if name in trained]:
-                    found.setdefault((self.model + HISTORY_ALONE, name), []).append((seed, alone, named[name]))
+        table = {key: own[key] for key in ("dataset", "split", "protocol")}
+        kept: dict[str, dict[int | None, EvalReport]] = {}
+        for row in read_json(quality):
+            if table.items() <= row.items() and (folder := kept_report(quality, row)).is_dir():
+                kept.setdefault(row["model"], {})[row["seed"]] = EvalReport.load(folder)
+        rivals = [name for name, of_seeds in kept.items() if None not in of_seeds and not name.startswith(OURS)]
+        alone = self.model + HISTORY_ALONE
+        named = [(self.model, name) for name in kept if name != self.model]
+        named += [(alone, name) for name in rivals if alone in kept and not name.endswith(LAST_ITEMS_TOO)]
         pairs = []
-        for models, ranked in found.items():
-            of, ours_of, theirs = zip(*ranked, strict=True)
-            pairs.append(pair_of(ours_of, theirs, models, list(of)))
+        for models in named:
+            ours, rival = (kept[name] for name in models)
+            seeds = sorted(seed for seed in ours if seed is not None and (seed in rival or None in rival))
+            if seeds:
+                of_rival = [rival[seed] if seed in rival else rival[None] for seed in seeds]
+                pairs.append(pair_of([ours[seed] for seed in seeds], of_rival, models, seeds))
         return pairs
 
 
@@ -177,8 +204,8 @@ def main() -> None:
         raise ConfigError(problems)
     for seed in args.seeds:
         benchmark.rank(seed)
-        put(args.quality, benchmark.rows(seed))
-    put_pairs(args.quality, benchmark.pairs(args.seeds))
+        own = benchmark.add(seed, args.quality)
+    put_pairs(args.quality, benchmark.pairs(args.quality, own))
     print(f"{counted(len(args.seeds), 'seed')} in {args.quality}")
     print("Next: python tools/make_tables.py")
 

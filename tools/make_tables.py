@@ -321,6 +321,41 @@ def pairs_beside(quality: Path) -> Path:
     return quality.with_name("quality_pairs.json")
 
 
+def kept_report(quality: Path, row: Row) -> Path:
+    """The folder beside quality.json where the report of a row is kept, if it is: `EvalReport.load` reads it."""
+    model = row["model"] if row["seed"] is None else f"{row['model']} seed {row['seed']}"
+    parts = row["dataset"], f"{row['split']} {row['protocol']}", model
+    return quality.with_name("ranks").joinpath(*(re.sub(r"[^A-Za-z0-9-]+", "_", part) for part in parts))
+
+
+def keep_report(quality: Path, row: Row, report: EvalReport) -> None:
+    """Keep what the first places say of each user (`EvalReport.first_places`), in the place of what was there."""
+    report.first_places().save(kept_report(quality, row))
+
+
+def check_kept(rows: Sequence[Row], quality: Path) -> None:
+    """Raise where a kept report does not give its row.
+
+    Raises:
+        DataError: all of them, by their folders.
+    """
+    from genrec_llm.evaluation import EvalReport
+    from genrec_llm.metrics import hit_rate, ndcg
+
+    measures, problems = {"hr": hit_rate, "ndcg": ndcg}, []
+    for row in rows:
+        if not (folder := kept_report(quality, row)).is_dir():
+            continue
+        ranks = EvalReport.load(folder).ranks
+        for metric in METRICS:
+            name, k = metric.split("@")
+            found = float(measures[name](ranks, int(k)).mean())
+            if abs(found - row[metric]) > ROUNDING:
+                problems.append(f"{folder}: {metric} is {found:.6f} for its ranks and {row[metric]:.6f} in {quality}")
+    if problems:
+        raise DataError([f"{problem}: rank this seed with tools/benchmark.py again" for problem in problems])
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +498,7 @@ def write(page: Path, quality: Path, *, check: bool) -> None:
         raise ConfigError(f"{quality}: no such file: add rows with `tools/make_tables.py add`")
     rows = checked(read_json(quality), quality)
     pairs = read_pairs(pairs_beside(quality))
+    check_kept(rows, quality)
     check_pairs(rows, pairs, pairs_beside(quality))
     sets = sorted({row["dataset"] for row in rows})
     pictures = {name: quality.with_name(f"quality_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}.png") for name in sets}
