@@ -119,6 +119,9 @@ def test_variants_are_trained_and_not_trained_again(tmp_path: Path) -> None:
     assert rows[BASE]["metrics"].keys() == rows["no pretraining"]["metrics"].keys() == set(ablation.METRICS)
     assert not rows["rows: text"]["metrics"]
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    made = (out / "ablation.md").read_text()
+    assert "```bash\npython tools/ablation.py --configs" in made and f"on {rows[BASE]['hardware']}." in made
+    assert rows[BASE]["commit"] == read_json(out / "as-configured_seed-0" / "finetune" / "run.json")["commit"]
     runs = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
     assert len(runs) >= 3 and not (tmp_path / "elsewhere").exists()
     before = ablation.table([Outcome(**row) for row in rows.values()])

@@ -33,6 +33,7 @@ import yaml
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.errors import ConfigError, DataError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
+from genrec_llm.privacy import redacted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METRICS = ("hit_rate@5", "ndcg@5", "hit_rate@10", "ndcg@10")
@@ -80,13 +81,15 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a variant with a seed: the best validation, or why there is none."""
+    """What became of a variant with a seed: the best validation, or why there is none; commit and hardware of training."""
 
     variant: str
     seed: int
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    commit: str | None = None
+    hardware: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,13 @@ class Trial:
 
     def outcome(self, stages: Sequence[str]) -> Outcome:
         """The best validation of finetuning, and the seconds of all."""
-        seconds = sum(read_json(self.folder / stage / "run.json")["finished"]["seconds"] for stage in stages)
+        runs = [read_json(self.folder / stage / "run.json") for stage in stages]
         log = [entry for entry in read_json(self.folder / "finetune" / "log_history.json") if "eval_ndcg@10" in entry]
         best = max(log, key=lambda entry: entry["eval_ndcg@10"])
-        return Outcome(self.variant, self.seed, {name: best[f"eval_{name}"] for name in METRICS}, round(seconds, 1))
+        return Outcome(
+            self.variant, self.seed, {name: best[f"eval_{name}"] for name in METRICS},
+            round(sum(run["finished"]["seconds"] for run in runs), 1), "", runs[-1]["commit"], runs[-1]["hardware"],
+        )  # fmt: skip
 
 
 def _filled(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -235,8 +241,11 @@ def write(out: Path, outcomes: Sequence[Outcome]) -> None:
     from genrec_llm.plots import can_draw
 
     write_json(out / "ablation.json", [asdict(one) for one in outcomes])
+    commits = ", ".join(sorted({str(one.commit)[:10] for one in outcomes if one.metrics}))
+    hardware = "; ".join(sorted({one.hardware for one in outcomes if one.metrics}))
+    made = f"Trained at commit {commits} on {hardware}. Made by\n\n```bash\npython {redacted(sys.argv)}\n```\n"
     with atomic_file(out / "ablation.md") as temporary:
-        temporary.write_text(table(outcomes), encoding="utf-8")
+        temporary.write_text(f"{table(outcomes)}\n{made}", encoding="utf-8")
     if can_draw() and any(one.metrics for one in outcomes):
         draw(outcomes, out / "ablation.png")
 
