@@ -28,7 +28,8 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
         "--out", str(tmp_path / "out"), "--quality", str(quality),
         "--rivals", "hgn", "--seeds", "0", "1", "--jobs", "2", "--split", "test",
     ]  # fmt: skip
-    tiny.run(command)
+    flags = ["--", "--dropout", "0.05"]
+    tiny.run([*command, *flags])
     rows = read_json(quality)
     trained = ["genrec-tiny", "genrec-tiny, history alone", "hgn", "hgn, last items too"]
     assert {(row["model"], row["seed"], row["split"]) for row in rows} == {
@@ -39,6 +40,9 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     assert "--rivals hgn --split" in too["command"] and too["seconds"] > 0
     ours = next(row for row in rows if row["model"] == "genrec-tiny" and row["seed"] == 1)
     assert "--seeds 1 --split test" in ours["command"] and ours["seconds"] > 0
+    assert ours["command"].endswith(f"--out {tmp_path / 'out'} -- --dropout 0.05")
+    trained_with = read_json(tmp_path / "out" / "seed-1" / "finetune" / "run.json")["arguments"]["model"]
+    assert trained_with["dropout"] == 0.05
     pairs = read_json(tmp_path / "quality_pairs.json")
     assert {pair["rival"] for pair in pairs if pair["model"] == "genrec-tiny"} == {
         "genrec-tiny, history alone", "hgn", "hgn, last items too", "item-kNN", "popularity"
@@ -60,22 +64,22 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     folders[1].rename(folders[0])
     (tmp_path / "aside").rename(folders[1])
 
-    tiny.run([*command, "--keep-seen"])
+    tiny.run([*command, "--keep-seen", *flags])
     kept = [row for row in read_json(quality) if row["protocol"] == "seen kept"]
     assert {row["model"] for row in kept} == {*trained, "popularity", "item-kNN", "recent repeat"}
     for seed in (0, 1):  # each protocol opened the test split once, and the first command again does not
         opened = tmp_path / "out" / f"seed-{seed}" / "finetune" / "test_openings.jsonl"
         assert len(opened.read_text().splitlines()) == 2
-    tiny.run(command)
+    tiny.run([*command, *flags])
     tables = [read_json(tmp_path / name) for name in ("quality.json", "quality_pairs.json")]
-    tiny.run([word for word in command if word not in ("--rivals", "hgn")])
+    tiny.run([*(word for word in command if word not in ("--rivals", "hgn")), *flags])
     # Nothing was ranked again, and each row still says what makes it, whatever rivals the command names.
     assert len(opened.read_text().splitlines()) == 2 and len(tables[0]) == len(rows) + len(kept)
     assert [read_json(tmp_path / name) for name in ("quality.json", "quality_pairs.json")] == tables
     # A seed whose run is gone still counts in the pairs, by what is kept of it.
     shutil.rmtree(tmp_path / "out" / "seed-0")
     (tmp_path / "quality_pairs.json").unlink()
-    tiny.run([word for word in command if word != "0"])
+    tiny.run([*(word for word in command if word != "0"), *flags])
     assert all(pair["seeds"] == [0, 1] for pair in read_json(tmp_path / "quality_pairs.json"))
 
 

@@ -8,7 +8,8 @@
 tools/rivals.yaml, trained on its data. Ours and the rivals of a seed are ranked by one `recipes/evaluate.py`, and what it
 measured goes to docs/results/quality.json, each row with the command of this tool that makes its seed again. In ranks/
 beside it stay the first places of each user; paired differences are over all seeds of both models that are there, also
-those of earlier calls, whose runs may be gone.
+those of earlier calls, whose runs may be gone. What stands behind `--` goes to each stage of ours, which is another model
+then, with another name and another --out (without the text: `-- --item-vectors ""`).
 Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
 validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
 models, each chosen by validation with seen items removed, with the items of the history kept.
@@ -65,6 +66,7 @@ class Benchmark:
     out: Path
     split: str
     keep_seen: bool
+    flags: Sequence[str]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -83,7 +85,7 @@ class Benchmark:
     def train(self, name: str | None, seed: int) -> str:
         """Train a rival, or ours where no name is given; empty, or why it failed."""
         if name is None:
-            outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, [])
+            outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, self.flags)
             return outcome.reason and f"{self.run(seed).parent}: {outcome.reason}"
         source = [field.name for field in fields(DataArguments) if field.name in self.config]
         flags = [word for key in source for word in (f"--{key}", str(self.config[key]))]
@@ -124,7 +126,8 @@ class Benchmark:
         words = ["tools/benchmark.py", "--configs", self.configs, "--model", self.model, "--seeds", seed]
         words += ["--rivals", name] if name else []
         words += ["--keep-seen"] if self.keep_seen else []
-        return shlex.join(map(str, [*words, "--split", self.split, "--out", self.out]))
+        words += ["--split", self.split, "--out", self.out, *(["--", *self.flags] if self.flags else [])]
+        return shlex.join(map(str, words))
 
     def add(self, seed: int, quality: Path) -> Row:
         """Put the rows of this split and protocol into quality.json, and keep the report of each beside it.
@@ -189,6 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time, one thread each")
     parser.add_argument("--quality", type=Path, default=QUALITY, help="the file of rows")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="arguments of each of our stages")
     args = parser.parse_args()
     there = (args.configs / "finetune.yaml").is_file()
     problems = [] if there else [f"--configs: {args.configs}: finetune.yaml has to be in it"]
@@ -196,7 +200,7 @@ def main() -> None:
         problems.append(f"--model {args.model}: the name of a model of ours begins with {OURS}")
     if problems:
         raise ConfigError(problems)
-    benchmark = Benchmark(args.configs, args.model, args.rivals, args.out, args.split, args.keep_seen)
+    benchmark = Benchmark(args.configs, args.model, args.rivals, args.out, args.split, args.keep_seen, args.flags)
     wanted = [(name, seed) for seed in args.seeds for name in (None, *args.rivals)]
     with ThreadPoolExecutor(args.jobs) as pool:
         problems = [reason for reason in pool.map(lambda each: benchmark.train(*each), wanted) if reason]
