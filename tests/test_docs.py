@@ -18,6 +18,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -286,6 +287,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A reader's machine: a checkout, no GPU, a login at the Hub on loopback."""
     home = tmp_path_factory.mktemp("docs")
     folder = Path(tool("notebook")["copy_of_the_repository"](home / "genrec_llm"))
+    shutil.copytree(DOCS / "results" / "ranks", folder / "docs" / "results" / "ranks")
     tiny.save_log(folder / "quick.csv")
     with FakeHub() as hub:
         hub.add_model("google/flan-t5-small", tiny.save_backbone("t5-untied", home / "flan"))
