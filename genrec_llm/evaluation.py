@@ -238,7 +238,7 @@ class EvalReport:
         name: of the recommender.
         metrics: HR@K and NDCG@K for K = 1, 5, 10, 20, MRR, novelty@10 (bits) with 95 % intervals over
             users, and coverage@10, which is no mean over users and has no interval (NaN).
-        user_rows: int64 [users]; row numbers, never raw ids.
+        user_rows: int64 [users]; numbers of the users' tokens, 0 without one, never raw ids.
         ranks: of each user, in the same order.
     """
 
@@ -263,14 +263,14 @@ class EvalReport:
     def first_places(self, k: int = CUTOFFS[-1]) -> EvalReport:
         """What the first `k` places of the lists tell: a few kilobytes on disk, for comparisons with runs that are gone.
 
-        HR and NDCG up to `k`, novelty and coverage stay; MRR, which looks further, is left out, and every target
-        behind these places has `k` items better.
+        HR and NDCG up to `k`, novelty and coverage stay; MRR, which looks further, is left out, and a target behind
+        these places counts as one that could not be recommended.
         """
-        behind = self.ranks.better >= k
-        better, tied = np.where(behind, k, self.ranks.better), np.where(behind, 0, self.ranks.tied)
+        behind, candidates = self.ranks.better >= k, self.ranks.candidates
+        better, tied = np.where(behind, candidates, self.ranks.better), np.where(behind, 0, self.ranks.tied)
         metrics = {name: interval for name, interval in self.metrics.items() if name != "MRR"}
         metrics = {name: interval for name, interval in metrics.items() if int(name.split("@")[1]) <= k}
-        return replace(self, metrics=metrics, ranks=Ranks(better, tied, self.ranks.candidates))
+        return replace(self, metrics=metrics, ranks=Ranks(better, tied, candidates))
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the per-user ranks, ready for `json.dumps`; NaN becomes null."""
@@ -351,6 +351,8 @@ def build_report(name: str, ranked: RankedUsers, data: EvalData, *, exclude_seen
 def check_comparable(reports: Sequence[EvalReport]) -> None:
     """Refuse reports that do not share a protocol and its users.
 
+    Data with a fingerprint has its users in one order, whatever tokens a model gives them; without, the tokens tell.
+
     Raises:
         ConfigError: what differs.
     """
@@ -361,14 +363,14 @@ def check_comparable(reports: Sequence[EvalReport]) -> None:
         mine, theirs = asdict(first.protocol), asdict(other.protocol)
         differing = [key for key in mine if key != "max_history" and mine[key] != theirs[key]]
         problems += [f"{names}: {key} is {mine[key]!r} and {theirs[key]!r}" for key in differing]
-        if not differing and not np.array_equal(first.user_rows, other.user_rows):
+        if not differing and not mine["fingerprint"] and not np.array_equal(first.user_rows, other.user_rows):
             problems.append(f"{names}: their users differ or come in another order")
     if problems:
         raise ConfigError([f"{problem}. Evaluate both on the same split and protocol." for problem in problems])
 
 
 def markdown(reports: Sequence[EvalReport]) -> str:
-    """A table of several reports, one a column, one metric a row, each with its 95 % interval.
+    """A table of several reports, one a column, one metric that all have a row, each with its 95 % interval.
 
     Raises:
         ConfigError: the reports were not made under the same protocol.
@@ -380,7 +382,8 @@ def markdown(reports: Sequence[EvalReport]) -> str:
         return f"{interval.mean:.4f}{bounds}"
 
     rows = [["", *(report.name for report in reports)], ["---", *("---:" for _ in reports)]]
-    rows += [[name, *(cell(report.metrics[name]) for report in reports)] for name in reports[0].metrics]
+    shared = [name for name in reports[0].metrics if all(name in report.metrics for report in reports)]
+    rows += [[name, *(cell(report.metrics[name]) for report in reports)] for name in shared]
     rows.append(["history shown", *(str(report.protocol.max_history or "all") for report in reports)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{reports[0].protocol}; 95 % bootstrap intervals over users.\n\n{table}\n"

@@ -225,9 +225,11 @@ def curves(stages: Sequence[Stage]) -> Figure:
     last.set_xlim(left=0)
     last.set_xlabel("step")
     last.xaxis.set_major_formatter("{x:,.0f}")
+    sampled = stages[-1].facts["arguments"]["training"].get("validation_users")
+    users = f" of {sampled:,} users" if sampled else ""
     figure.suptitle(
-        f"{stages[-1].facts['data']['name']}: training, and full ranking of the validation items, seen items removed\n"
-        "(the best value of each stage is written out)",
+        f"{stages[-1].facts['data']['name']}: training, and full ranking of the validation items{users}, "
+        "seen items removed\n(the best value of each stage is written out)",
         fontsize=9,
     )
     return figure
@@ -250,27 +252,28 @@ def _validation_curves(axes: Axes, stage: Stage, begin: int, *, named: bool) -> 
 
 
 def metric_bars(reports: Sequence[EvalReport]) -> Figure:
-    """Bars of the main metrics with their 95 % intervals, one colour a report.
+    """Bars of the main metrics that all have, with their 95 % intervals, one colour a report.
 
     Raises:
         ConfigError: the reports were not made under the same protocol.
     """
     check_comparable(reports)
-    figure = _figure(max(7.0, 1.5 + 0.36 * len(HEADLINE) * (len(reports) + 1)), 4.2)
+    names = [name for name in HEADLINE if all(name in report.metrics for report in reports)]
+    figure = _figure(max(7.0, 1.5 + 0.36 * len(names) * (len(reports) + 1)), 4.2)
     axes = figure.add_subplot()
     width = 0.8 / len(reports)
     for position, report in enumerate(reports):
-        intervals = [report.metrics[name] for name in HEADLINE]
+        intervals = [report.metrics[name] for name in names]
         means = np.array([interval.mean for interval in intervals])
         below = means - [interval.low for interval in intervals]
         above = [interval.high for interval in intervals] - means
-        centres = np.arange(len(HEADLINE)) + (position - (len(reports) - 1) / 2) * width
+        centres = np.arange(len(names)) + (position - (len(reports) - 1) / 2) * width
         axes.bar(centres, means, width * 0.9, label=report.name, color=_colour(position))
         axes.errorbar(centres, means, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
         for centre, interval in zip(centres, intervals, strict=True):
             text = f"{interval.mean:.3f}".removeprefix("0")
             axes.annotate(text, (centre, interval.high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    axes.set_xticks(range(len(HEADLINE)), HEADLINE)
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("mean over users, 95 % interval")
     axes.set_title(str(reports[0].protocol), fontsize=9)
     _tidy(axes)
@@ -385,9 +388,10 @@ def _map_of_run(run: Path, rows_file: Path) -> Figure | None:
     items = IdVocab.load(rows_file.parent).items
     name = read_json(run / RUN_FILE)["data"]["name"]
     title = f"{name}: the output rows of {len(items):,} items, as learned: principal components of their directions"
-    if "categories" in items and items["categories"].notna().any():
-        known = [None if pd.isna(text) else text for text in items["categories"]]
-        return item_map(points, variance, main_categories(known), title)
+    if "categories" in items:
+        groups = main_categories([None if pd.isna(text) else text for text in items["categories"]])
+        if any(groups):
+            return item_map(points, variance, groups, title)
     try:
         data = load_run_data(run)
     except GenRecError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ablation
@@ -60,6 +61,36 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(tmp_path: Path, monkey
     write_json(trial.folder / "finetune" / "run.json", {})
     assert trial.run(configs, flags).reason == "stopped here"
     assert "this run has other settings" in trial.run(configs, []).reason
+
+
+def test_flags_of_a_run_that_never_began_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, trial = tiny.save_stages(tmp_path), ablation.Trial(ablation.ALONE, 0, tmp_path / "out")
+    monkeypatch.setattr(ablation.Trial, "_train", lambda *_: "stopped here")
+    for flags in (["--dropuot", "0.1"], []):
+        assert trial.run(configs, flags).reason == "stopped here"
+    (trial.folder / "finetune").mkdir()
+    write_json(trial.folder / "finetune" / "run.json", {})
+    assert trial.run(configs, []).reason == "stopped here"
+
+
+@pytest.mark.parametrize("flags", [["--max-history", "20"], ["--dropout", "0.1", "--max_history=20"]])
+def test_a_flag_does_not_undo_a_variant(flags: list[str], tmp_path: Path) -> None:
+    trial = ablation.Trial("history of 50", 0, tmp_path / "out")
+    assert trial.run(tiny.save_stages(tmp_path), flags).reason.startswith("max_history: changed by this variant")
+    assert not trial.folder.exists()
+
+
+def test_the_page_says_what_was_trained_where_and_from_changed_files_too(tmp_path: Path) -> None:
+    commits = ["a" * 40, "b" * 40 + "+changes"]
+    done = Outcome(BASE, 0, FIGURES, 10.0, commits=commits, hardware="CPU")
+    refused = Outcome("rows: text", 0, reason="not possible")
+    for outcomes, said in (
+        ([done, refused], f"\nTrained at commit {'a' * 10}, {'b' * 10}+changes on CPU. Made by\n"),
+        ([replace(done, commits=[])], "\nTrained on CPU. Made by\n"),
+        ([refused], "\n\nMade by\n"),
+    ):
+        ablation.write(tmp_path, outcomes)
+        assert said in (tmp_path / "ablation.md").read_text()
 
 
 def test_a_variant_pretrains_where_it_or_the_configuration_says_so(
@@ -121,7 +152,7 @@ def test_variants_are_trained_and_not_trained_again(tmp_path: Path) -> None:
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
     made = (out / "ablation.md").read_text()
     assert "```bash\npython tools/ablation.py --configs" in made and f"on {rows[BASE]['hardware']}." in made
-    assert rows[BASE]["commit"] == read_json(out / "as-configured_seed-0" / "finetune" / "run.json")["commit"]
+    assert rows[BASE]["commits"] == [read_json(out / "as-configured_seed-0" / "finetune" / "run.json")["commit"]]
     runs = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
     assert len(runs) >= 3 and not (tmp_path / "elsewhere").exists()
     before = ablation.table([Outcome(**row) for row in rows.values()])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
 import make_tables
 import pytest
 import tiny
@@ -76,6 +76,12 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     # Nothing was ranked again, and each row still says what makes it, whatever rivals the command names.
     assert len(opened.read_text().splitlines()) == 2 and len(tables[0]) == len(rows) + len(kept)
     assert [read_json(tmp_path / name) for name in ("quality.json", "quality_pairs.json")] == tables
+    # A rival that is trained again is ranked again, and counts as what it is now.
+    shutil.rmtree(tmp_path / "out" / "rivals" / "hgn_seed=1")
+    tiny.run([*command, *flags])
+    assert len(opened.read_text().splitlines()) == 3
+    seconds = {row["seconds"] for row in read_json(quality) if row["model"] == "hgn" and row["seed"] == 1}
+    assert read_json(tmp_path / "out" / "rivals" / "hgn_seed=1" / "rival.json")["seconds"] in seconds
     # A seed whose run is gone still counts in the pairs, by what is kept of it.
     shutil.rmtree(tmp_path / "out" / "seed-0")
     (tmp_path / "quality_pairs.json").unlink()
@@ -83,10 +89,24 @@ def test_rows_and_pairs_of_ours_and_a_rival(tmp_path: Path) -> None:
     assert all(pair["seeds"] == [0, 1] for pair in read_json(tmp_path / "quality_pairs.json"))
 
 
-def test_what_is_missing_is_named_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/benchmark.py", "--model", "SASRec", "--configs", str(tmp_path), "--out", "x"]
-    done = subprocess.run(
-        command, cwd=tiny.REPOSITORY, env=tiny.environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "finetune.yaml has to be in it" in done.stderr and "begins with genrec" in done.stderr
+def test_what_cannot_be_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--out", str(tmp_path / "out"), *map(str, arguments)])
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.main()
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    said = refused("--model", "SASRec", "--configs", tmp_path)
+    assert "finetune.yaml has to be in it" in said and "begins with genrec" in said
+    ours = ("--model", "genrec", "--configs", tiny.save_stages(tmp_path))
+    assert "--rival hng: rivals.yaml has" in refused(*ours, "--rivals", "hgn", "hng")
+    assert "-- without_last: the rivals would" in refused(*ours, "--rivals", "hgn", "--", "--without-last", "1")
+
+
+def test_no_secret_goes_into_a_row() -> None:
+    flags = ["--hub-token", "hf_abcdefghijklmnopqrstuvwxyz"]
+    ours = benchmark.Benchmark(Path("configs"), "genrec", [], Path("out"), "test", False, flags)
+    assert ours.command(None, 0).endswith("--out out -- --hub-token '***'")

@@ -40,7 +40,7 @@ USERS, ITEMS = 60, 40
 def save_run(run: Path, stage: str, *, from_run: str | None = None, shift: float = 0.0, data: str = "shop") -> Path:
     """run.json and a log as a training writes them."""
     run.mkdir(parents=True)
-    training = {"output_dir": f"runs/{run.name}", "from_run": from_run}
+    training = {"output_dir": f"runs/{run.name}", "from_run": from_run, "validation_users": 0}
     facts = {"stage": stage, "data": {"name": data, "fingerprint": "0"},
              "arguments": {"training": training, "model": {"backbone": "base"}}}  # fmt: skip
     log: list[dict[str, float]] = []
@@ -80,13 +80,13 @@ def save_evaluation(run: Path, split: str, reports: Sequence[EvalReport]) -> Non
     (run / "evaluation" / split / "report.json").write_text(json.dumps(summary))
 
 
-def save_rows(run: Path, *, categories: bool) -> None:
+def save_rows(run: Path, categories: Sequence[str | None] | None) -> None:
     rows = np.random.default_rng(0).normal(size=(ITEMS, 8)).astype(np.float32)
     (run / "adapter").mkdir()
     save_file({"item_out": rows}, run / "adapter" / "id_tokens.safetensors")
     catalogue = pd.DataFrame({"item": [f"i{number}" for number in range(ITEMS)]})
-    if categories:
-        catalogue["categories"] = ["A, B", "B", None, "C"] * (ITEMS // 4)
+    if categories is not None:
+        catalogue["categories"] = [*categories] * (ITEMS // len(categories))
     IdVocab.build(catalogue, [], seed=0, user_mode="none").save_items(run / "adapter" / "items.parquet")
 
 
@@ -96,7 +96,7 @@ def test_a_whole_run_gets_every_picture(tmp_path: Path) -> None:
     reports = [report_of("GenRec", worse=0), report_of("item kNN", worse=4)]
     save_evaluation(run, "validation", reports)
     save_evaluation(run, "test_seen-kept", reports)
-    save_rows(run, categories=True)
+    save_rows(run, ["A, B", "B", None, "C"])
     written = draw_run(run)
     names = [path.relative_to(run).as_posix() for path in written]
     splits = ("test_seen-kept", "validation")
@@ -108,7 +108,10 @@ def test_a_whole_run_gets_every_picture(tmp_path: Path) -> None:
     assert {path.name for path in (run / "plots").iterdir()} == {path.name for path in written}
 
 
-def test_what_a_run_has_no_files_for_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("categories", [None, [None], [","]], ids=str)
+def test_what_a_run_has_no_files_for_is_left_out_and_said(
+    categories: list[str | None] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "genrec_llm")
     run = save_run(tmp_path / "run", "finetune", from_run="runs/gone")
     (run / "log_history.json").unlink()
@@ -116,7 +119,7 @@ def test_what_a_run_has_no_files_for_is_left_out_and_said(tmp_path: Path, caplog
     for words in ("no curves", "not evaluated yet", "no map"):
         assert words in caplog.text
     save_evaluation(run, "test", [report_of("GenRec", worse=0)])
-    save_rows(run, categories=False)  # and no data set by which popularity could be told
+    save_rows(run, categories)  # and no data set by which popularity could be told
     (run / "run.json").write_text(
         json.dumps(json.loads((run / "run.json").read_text()) | {"arguments": {"data": {"dataset": "gone.csv"}}})
     )
@@ -175,10 +178,12 @@ def test_the_curves_of_both_stages_follow_each_other(tmp_path: Path) -> None:
 
 
 def test_a_run_too_short_for_a_logged_loss_has_its_validation_alone() -> None:
-    facts = {"data": {"name": "shop"}}
+    facts = {"data": {"name": "shop"}, "arguments": {"training": {"validation_users": 2_000}}}
     only = Stage("finetune", facts, np.empty((0, 2)), np.array([[6, 0.85, 0.65]]))
-    (axes,) = curves([only]).axes
+    figure = curves([only])
+    (axes,) = figure.axes
     assert axes.get_ylabel() == "mean over users" and axes.get_xlim()[0] == 0
+    assert "validation items of 2,000 users" in figure.get_suptitle()
 
 
 def test_the_bars_are_the_means_and_their_whiskers_the_intervals() -> None:
@@ -193,6 +198,8 @@ def test_the_bars_are_the_means_and_their_whiskers_the_intervals() -> None:
     np.testing.assert_allclose([segment[:, 1] for segment in segments], expected)
     assert "shop, validation: 60 users" in axes.get_title()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["GenRec", "popularity"]
+    (axes,) = metric_bars([reports[0], reports[1].first_places()]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["HR@5", "NDCG@5", "HR@10", "NDCG@10"]
 
 
 def test_the_rank_curve_is_the_share_of_users_at_every_length() -> None:

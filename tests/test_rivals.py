@@ -159,6 +159,8 @@ def test_rivals_of_other_data_and_folders_without_one_are_refused(
         (("--rival", "gru4rec", "--dataset", "x.csv"), "gru4rec"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "dropout"), "NAME=VALUE"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "droput=0.1"), "droput"),
+        (("--rival", "hgn", "--dataset", "x.csv", "--set", "seed=1,2"), "--set seed: give --seed"),
+        (("--rival", "hgn", "--dataset", "x.csv", "--set", "dim=8", "dim=16"), "--set dim: all its values in one"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "first_rows=cooccurrence+vectors"), "--item-vectors"),
         ((), "--rival"),
     ],

@@ -81,14 +81,14 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a variant with a seed: the best validation, or why there is none; commit and hardware of training."""
+    """What became of a variant with a seed: the best validation, or why there is none; commits and hardware of training."""
 
     variant: str
     seed: int
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
-    commit: str | None = None
+    commits: list[str] = field(default_factory=list)
     hardware: str = ""
 
 
@@ -111,6 +111,10 @@ class Trial:
             reason = f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"
             return Outcome(self.variant, self.seed, reason=reason)
         stages, as_configured = (self._stages(config, two_stages, VARIANTS[name]) for name in (self.variant, BASE))
+        changed = VARIANTS[self.variant].changes | VARIANTS[self.variant].pretraining
+        if both := sorted(changed.keys() & arguments_in(flags)):
+            reason = f"{', '.join(both)}: changed by this variant, and given behind --: leave it to one of them"
+            return Outcome(self.variant, self.seed, reason=reason)
         if self.variant != BASE and _filled(stages) == _filled(as_configured):
             return Outcome(self.variant, self.seed, reason=f"the same as {BASE!r}")
         for stage, settings in stages.items():
@@ -123,7 +127,7 @@ class Trial:
                 return Outcome(self.variant, self.seed, reason=reason)
             with atomic_file(path) as temporary:
                 temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            if flags:
+            if flags or before:
                 write_json(with_flags, [*flags])
             if not finished(self.folder / stage) and (reason := self._train(stage, flags)):
                 return Outcome(self.variant, self.seed, reason=reason)
@@ -165,8 +169,15 @@ class Trial:
         best = max(log, key=lambda entry: entry["eval_ndcg@10"])
         return Outcome(
             self.variant, self.seed, {name: best[f"eval_{name}"] for name in METRICS},
-            round(sum(run["finished"]["seconds"] for run in runs), 1), "", runs[-1]["commit"], runs[-1]["hardware"],
+            round(sum(run["finished"]["seconds"] for run in runs), 1), "",
+            sorted({run["commit"] for run in runs if run["commit"]}), runs[-1]["hardware"],
         )  # fmt: skip
+
+
+def arguments_in(flags: Sequence[str]) -> set[str]:
+    """Names of the arguments that flags of a recipe set."""
+    names = (flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
+    return {form for name in names for form in (name, name.removeprefix("no_"))}
 
 
 def _filled(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -241,9 +252,11 @@ def write(out: Path, outcomes: Sequence[Outcome]) -> None:
     from genrec_llm.plots import can_draw
 
     write_json(out / "ablation.json", [asdict(one) for one in outcomes])
-    commits = ", ".join(sorted({str(one.commit)[:10] for one in outcomes if one.metrics}))
-    hardware = "; ".join(sorted({one.hardware for one in outcomes if one.metrics}))
-    made = f"Trained at commit {commits} on {hardware}. Made by\n\n```bash\npython {redacted(sys.argv)}\n```\n"
+    commits = sorted({commit[:10] + commit[40:] for one in outcomes for commit in one.commits})  # "+changes" stays
+    hardware = sorted({one.hardware for one in outcomes if one.metrics})
+    at = f"at commit {', '.join(commits)} " if commits else ""
+    trained = f"Trained {at}on {'; '.join(hardware)}. " if hardware else ""
+    made = f"{trained}Made by\n\n```bash\npython {redacted(sys.argv)}\n```\n"
     with atomic_file(out / "ablation.md") as temporary:
         temporary.write_text(f"{table(outcomes)}\n{made}", encoding="utf-8")
     if can_draw() and any(one.metrics for one in outcomes):

@@ -10,7 +10,8 @@ measured goes to docs/results/quality.json, each row with the command of this to
 beside it stay the first places of each user; paired differences are over all seeds of both models that are there, also
 those of earlier calls, whose runs may be gone. What stands behind `--` goes to each stage of ours, which is another model
 then, with another name and another --out (without the text: `-- --item-vectors ""`).
-Killed at any time, the same command goes on; what has been trained or ranked is not done again. Without `--split test` the
+Killed at any time, the same command goes on; what has been trained or ranked is not done again (remove a rival's folder, and
+it is). Without `--split test` the
 validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
 models, each chosen by validation with seen items removed, with the items of the history kept.
 """
@@ -22,7 +23,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -30,28 +31,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ablation import BASE, REPOSITORY, Trial, recipe
+from ablation import BASE, REPOSITORY, Trial, arguments_in, recipe
 from make_tables import (
     OURS,
     QUALITY,
     SPLITS,
     Pair,
     Row,
-    beside,
-    keep_report,
     kept_report,
     pair_of,
-    put,
     put_pairs,
+    put_reports,
     rows_of_run,
 )
+from rivals import tuned
 
 from genrec_llm.args import DataArguments
+from genrec_llm.baselines.neural import FACTS
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
 from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO, EvalReport
 from genrec_llm.files import read_json
-from genrec_llm.plots import read_reports
+from genrec_llm.privacy import redacted
 
+OF_DATA = [each.name for each in fields(DataArguments)]
 GENERATED = 500
 """Users whose lists are also made by `generate`; its beams take many times as long as the ranking of all."""
 
@@ -87,7 +89,7 @@ class Benchmark:
         if name is None:
             outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, self.flags)
             return outcome.reason and f"{self.run(seed).parent}: {outcome.reason}"
-        source = [field.name for field in fields(DataArguments) if field.name in self.config]
+        source = [name for name in OF_DATA if name in self.config]
         flags = [word for key in source for word in (f"--{key}", str(self.config[key]))]
         if self.config.get("item_vectors"):
             flags += ["--item-vectors", self.config["item_vectors"]]
@@ -106,19 +108,24 @@ class Benchmark:
         """Where recipes/evaluate.py writes."""
         return self.run(seed) / "evaluation" / (self.split + ("_seen-kept" if self.keep_seen else ""))
 
-    def ranked(self, seed: int) -> set[str]:
-        """Trained rivals that the report has."""
-        return set(read_json(self.report(seed) / "report.json")["rivals"])
+    def ranked(self, seed: int) -> dict[str, dict[str, Any]]:
+        """Trained rivals that the report has, and what made each."""
+        made: dict[str, dict[str, Any]] = read_json(self.report(seed) / "report.json")["rivals"]
+        return made
 
     def rank(self, seed: int) -> None:
-        """Merge and rank, unless that is done."""
-        if (self.report(seed) / "report.json").is_file() and set(self.rivals) <= self.ranked(seed):
+        """Merge and rank, unless that is done; what the report has of rivals that are still there stays in it."""
+        done = (self.report(seed) / "report.json").is_file()
+        ranked = self.ranked(seed) if done else {}
+        rivals = {name: self.rival(name, seed) for name in dict.fromkeys([*self.rivals, *ranked])}
+        facts = {name: read_json(folder / FACTS) for name, folder in rivals.items() if (folder / FACTS).is_file()}
+        if done and all(name in ranked and of_same_training(ranked[name], facts[name]) for name in facts):
             return
+        beside = ["--rivals", *(rivals[name] for name in facts)] if facts else []
         call("merge", "--run", self.run(seed))
-        rivals = [self.rival(name, seed) for name in self.rivals]
         call(
             "evaluate", "--run", self.run(seed), "--split", self.split, "--generate-users", GENERATED,
-            *(["--keep-seen"] if self.keep_seen else []), *(["--rivals", *rivals] if rivals else []),
+            *(["--keep-seen"] if self.keep_seen else []), *beside,
         )  # fmt: skip
 
     def command(self, name: str | None, seed: int) -> str:
@@ -127,7 +134,7 @@ class Benchmark:
         words += ["--rivals", name] if name else []
         words += ["--keep-seen"] if self.keep_seen else []
         words += ["--split", self.split, "--out", self.out, *(["--", *self.flags] if self.flags else [])]
-        return shlex.join(map(str, words))
+        return redacted([*map(str, words)])
 
     def add(self, seed: int, quality: Path) -> Row:
         """Put the rows of this split and protocol into quality.json, and keep the report of each beside it.
@@ -135,19 +142,12 @@ class Benchmark:
         Returns:
             Our row.
         """
-        rows = rows_of_run(self.run(seed), self.model, self.report(seed).name)
-        names = [row["model"].removesuffix(LAST_ITEMS_TOO) for row in rows]
-        ranked = self.ranked(seed)
-        rows = [
-            row | {"command": self.command(name if name in ranked else None, seed)}
-            for row, name in zip(rows, names, strict=True)
-        ]
-        put(quality, rows)
-        ours, *others = read_reports(self.report(seed))
-        reports = [ours, *(report for _, report in beside(ours, others, self.model))]
-        for row, report in zip(rows, reports, strict=True):
-            keep_report(quality, row, report)
-        return rows[0]
+        ranked, found = self.ranked(seed), []
+        for row, report in rows_of_run(self.run(seed), self.model, self.report(seed).name):
+            name = row["model"].removesuffix(LAST_ITEMS_TOO)
+            found.append((row | {"command": self.command(name if name in ranked else None, seed)}, report))
+        put_reports(quality, found)
+        return found[0][0]
 
     def pairs(self, quality: Path, own: Row) -> list[Pair]:
         """Ours minus each recommender of its row's table, over the seeds that have a kept report of both; and ours, by
@@ -170,6 +170,11 @@ class Benchmark:
                 of_rival = [rival[seed] if seed in rival else rival[None] for seed in seeds]
                 pairs.append(pair_of([ours[seed] for seed in seeds], of_rival, models, seeds))
         return pairs
+
+
+def of_same_training(made: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether what a report says of a rival is of the training that a rival.json is of."""
+    return {key: value for key, value in made.items() if key != "seed"}.items() <= facts.items()
 
 
 def call(name: str, *arguments: object) -> None:
@@ -198,9 +203,13 @@ def main() -> None:
     problems = [] if there else [f"--configs: {args.configs}: finetune.yaml has to be in it"]
     if not args.model.startswith(OURS):
         problems.append(f"--model {args.model}: the name of a model of ours begins with {OURS}")
+    if args.rivals and (of_data := sorted(arguments_in(args.flags) & {*OF_DATA})):
+        problems.append(f"-- {', '.join(of_data)}: the rivals would train on other data: write it into finetune.yaml")
     if problems:
         raise ConfigError(problems)
     benchmark = Benchmark(args.configs, args.model, args.rivals, args.out, args.split, args.keep_seen, args.flags)
+    for name in args.rivals:
+        tuned(benchmark.config["dataset"], name)
     wanted = [(name, seed) for seed in args.seeds for name in (None, *args.rivals)]
     with ThreadPoolExecutor(args.jobs) as pool:
         problems = [reason for reason in pool.map(lambda each: benchmark.train(*each), wanted) if reason]

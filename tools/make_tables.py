@@ -9,9 +9,10 @@
 
 `add --run` takes every evaluation of a run: the model's reports with the run's seed and seconds of training, and those of
 the baselines that stand beside it. `add --report` takes one saved `EvalReport`. A row with the same data set, split, model,
-protocol and seed is replaced. `pair` takes the folders of two saved reports and writes the paired difference of their
-NDCG@10, ours minus rival, with its bootstrap interval over users into docs/results/quality_pairs.json, in the place of the
-one between these models, unless that is of this seed and others; tools/benchmark.py writes that of several seeds.
+protocol and seed is replaced; what its report says of each user's first places is kept in ranks/ beside quality.json.
+`pair` takes the folders of two saved reports and writes the paired difference of their NDCG@10, ours minus rival, with its
+bootstrap interval over users into docs/results/quality_pairs.json, in the place of the one between these models, unless
+that has other seeds; tools/benchmark.py writes that of several seeds.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def row_of(report: EvalReport, model: str, made: Mapping[str, Any], training: Ma
     }
 
 
-def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
-    """Rows of a run's evaluations: the model's, and those of the recommenders that stand beside it.
+def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[tuple[Row, EvalReport]]:
+    """Rows of a run's evaluations, each with its report: the model's, and those of the recommenders beside it.
 
     Args:
         evaluation: which of them, as its folder is named (`test`, `validation_seen-kept`, …); all by default.
@@ -186,7 +187,7 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
     """
     from publish_run import stages_of
 
-    from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO
+    from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO, WITHOUT_USERS
     from genrec_llm.plots import read_reports
 
     stages = stages_of(run)
@@ -204,26 +205,16 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[Row]:
     for folder in folders:
         made = read_json(folder / "report.json")
         ours, *rivals = read_reports(folder)
-        rows.append(row_of(ours, model, made, training))
+        rows.append((row_of(ours, model, made, training), ours))
         trained = {ours.name: training} | made.get("rivals", {})
-        for name, rival in beside(ours, rivals, model):
-            of_rival = trained.get(rival.name.removesuffix(LAST_ITEMS_TOO).removesuffix(HISTORY_ALONE), {})
-            rows.append(row_of(rival, name, made, of_rival))
+        for report in rivals:
+            if report.name.endswith(WITHOUT_USERS):
+                continue  # our model, asked as if it knew no user: that goes by its run
+            name = report.name  # ours, ranked otherwise, is among them
+            name = model + name.removeprefix(ours.name) if name.startswith(ours.name) else name
+            of_rival = trained.get(report.name.removesuffix(LAST_ITEMS_TOO).removesuffix(HISTORY_ALONE), {})
+            rows.append((row_of(report, name, made, of_rival), report))
     return rows
-
-
-def beside(ours: EvalReport, reports: Iterable[EvalReport], model: str) -> list[tuple[str, EvalReport]]:
-    """What stands beside our model, named as in the tables; ours, ranked otherwise, is among it.
-
-    Left out is our model asked as if it knew no user, which goes by its run.
-    """
-    from genrec_llm.evaluation import WITHOUT_USERS
-
-    return [
-        (model + report.name.removeprefix(ours.name) if report.name.startswith(ours.name) else report.name, report)
-        for report in reports
-        if not report.name.endswith(WITHOUT_USERS)
-    ]
 
 
 def put(path: Path, new: Iterable[Row]) -> None:
@@ -274,13 +265,13 @@ def read_pairs(path: Path) -> list[Pair]:
 def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
     """Add pairs to the file beside quality.json, which is returned, in the place of those with the same key.
 
-    One of several seeds stays where the new one has only some of them.
+    One with seeds that the new one has not stays.
     """
     path = pairs_beside(quality)
     pairs = {_identity(pair): pair for pair in read_pairs(path)}
     for pair in new:
         there = pairs.get(_identity(pair))
-        if there is None or not set(pair.seeds) < set(there.seeds):
+        if there is None or set(there.seeds) <= set(pair.seeds):
             pairs[_identity(pair)] = pair
     write_json(path, [asdict(pair) for pair in pairs.values()])
     return path
@@ -328,13 +319,15 @@ def kept_report(quality: Path, row: Row) -> Path:
     return quality.with_name("ranks").joinpath(*(re.sub(r"[^A-Za-z0-9-]+", "_", part) for part in parts))
 
 
-def keep_report(quality: Path, row: Row, report: EvalReport) -> None:
-    """Keep what the first places say of each user (`EvalReport.first_places`), in the place of what was there."""
-    report.first_places().save(kept_report(quality, row))
+def put_reports(quality: Path, new: Sequence[tuple[Row, EvalReport]]) -> None:
+    """Add rows (see `put`), and keep what the first places of the report of each say (`EvalReport.first_places`)."""
+    put(quality, [row for row, _ in new])
+    for row, report in new:
+        report.first_places().save(kept_report(quality, row))
 
 
 def check_kept(rows: Sequence[Row], quality: Path) -> None:
-    """Raise where a kept report does not give its row.
+    """Raise where a kept report does not give its row, or has none.
 
     Raises:
         DataError: all of them, by their folders.
@@ -352,8 +345,12 @@ def check_kept(rows: Sequence[Row], quality: Path) -> None:
             found = float(measures[name](ranks, int(k)).mean())
             if abs(found - row[metric]) > ROUNDING:
                 problems.append(f"{folder}: {metric} is {found:.6f} for its ranks and {row[metric]:.6f} in {quality}")
+    problems = [f"{problem}: rank this seed with tools/benchmark.py again" for problem in problems]
+    found = {path.parent for path in quality.with_name("ranks").rglob("report.json")}
+    of_rows = {kept_report(quality, row) for row in rows}
+    problems += [f"{folder}: {quality.name} has no row of it: remove it" for folder in sorted(found - of_rows)]
     if problems:
-        raise DataError([f"{problem}: rank this seed with tools/benchmark.py again" for problem in problems])
+        raise DataError(problems)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -566,10 +563,10 @@ def main() -> None:
                 raise ConfigError(f"--model {args.model}: the name of a model of ours begins with {OURS}")
             rows = rows_of_run(args.run, args.model)
         else:
-            made = _made(args.report, args.command)
+            made, report = _made(args.report, args.command), EvalReport.load(args.report)
             training = {"seed": args.seed, "seconds": args.seconds}
-            rows = [row_of(EvalReport.load(args.report), args.model, made, training)]
-        put(args.quality, rows)
+            rows = [(row_of(report, args.model, made, training), report)]
+        put_reports(args.quality, rows)
         print(f"{len(rows)} rows written to {args.quality}")
     else:
         seeds = [] if args.seed is None else [args.seed]

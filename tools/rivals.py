@@ -102,9 +102,12 @@ def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings
 
 def points(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
     """Name and replaced values of every run that the command asks for."""
-    wrong = [setting for setting in args.set if "=" not in setting]
-    if wrong:
-        raise ConfigError([f"--set {setting}: not NAME=VALUE[,VALUE…]" for setting in wrong])
+    names = [setting.split("=")[0] for setting in args.set]
+    problems = [f"--set {setting}: not NAME=VALUE[,VALUE…]" for setting in args.set if "=" not in setting]
+    problems += ["--set seed: give --seed"] if "seed" in names else []
+    problems += [f"--set {name}: all its values in one, with commas" for name in set(names) if names.count(name) > 1]
+    if problems:
+        raise ConfigError(problems)
     replaced = dict(setting.split("=", 1) for setting in args.set)
     values = {name: text.split(",") for name, text in replaced.items()} | {"seed": list(map(str, args.seed))}
     combinations = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
