@@ -10,10 +10,10 @@ measured goes to docs/results/quality.json, each row with the command of this to
 beside it stay the first places of each user; paired differences are over all seeds of both models that are there, also
 those of earlier calls, whose runs may be gone. What stands behind `--` goes to each stage of ours, which is another model
 then, with another name and another --out (without the text: `-- --item-vectors ""`).
-Killed at any time, the same command goes on; what has been trained or ranked is not done again (remove a rival's folder, and
-it is). Without `--split test` the
-validation split is ranked; test is opened, and the opening recorded in each run, only with it. `--keep-seen` ranks the same
-models, each chosen by validation with seen items removed, with the items of the history kept.
+Killed at any time, the same command goes on; what has been trained or ranked is not done again, but for a rival whose folder
+was removed. Without `--split test` the validation split is ranked; test is opened, and the opening recorded in each run,
+only with it. `--keep-seen` ranks the same models, each chosen by validation with seen items removed, with the items of the
+history kept.
 """
 
 from __future__ import annotations
