@@ -136,6 +136,8 @@ class Interactions:
         if not kept:
             raise DataError(f"{self.name}: --k-core {k} leaves none of {len(users):,} interactions; lower it")
         frame = self.frame[keep].reset_index(drop=True)
+        if unseen := int((~self.catalogue["item"].isin(self.frame["item"])).sum()):
+            logger.warning("--k-core %d: %s without interactions left out of the catalogue", k, counted(unseen, "item"))
         catalogue = self.catalogue[self.catalogue["item"].isin(frame["item"])].reset_index(drop=True)
         return Interactions(self.name, frame, catalogue)
 

@@ -362,6 +362,8 @@ def check_comparable(reports: Sequence[EvalReport]) -> None:
         names = f"{first.name!r} and {other.name!r} cannot be compared"
         mine, theirs = asdict(first.protocol), asdict(other.protocol)
         differing = [key for key in mine if key != "max_history" and mine[key] != theirs[key]]
+        if "dataset" in differing:  # then the rest follows
+            differing = ["dataset"]
         problems += [f"{names}: {key} is {mine[key]!r} and {theirs[key]!r}" for key in differing]
         if not differing and not mine["fingerprint"] and not np.array_equal(first.user_rows, other.user_rows):
             problems.append(f"{names}: their users differ or come in another order")

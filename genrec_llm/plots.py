@@ -218,8 +218,7 @@ def curves(stages: Sequence[Stage]) -> Figure:
         axes_of["loss"].set_ylabel("training loss (nats)")
     if "validation" in axes_of:
         axes_of["validation"].set_ylabel("mean over users")
-        axes_of["validation"].margins(y=0.15)
-        axes_of["validation"].set_ylim(bottom=0)
+        axes_of["validation"].set_ylim(0, 1.15 * axes_of["validation"].dataLim.y1 or 1)
         axes_of["validation"].legend(frameon=False, loc="lower right")
     last = axes_of[drawn[-1]]
     last.set_xlim(left=0)
@@ -311,7 +310,7 @@ def rank_curves(reports: Sequence[EvalReport]) -> Figure:
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_title(str(reports[0].protocol), fontsize=9)
     _tidy(axes)
-    axes.legend(frameon=False, ncols=min(len(reports) + 1, 4), loc="upper left", bbox_to_anchor=(0, -0.13))
+    axes.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.13))
     return figure
 
 

@@ -418,9 +418,27 @@ def load_run_data(run: Path, *, data_dir: str | None = None, processes: Processe
     return processes.once_a_node(lambda: _read_run_data(run, data_dir), Data.save, Data.open)
 
 
-def _read_run_data(run: Path, data_dir: str | None) -> Data:
+def merged_directory(run: Path) -> Path:
+    """Where the merged model of a run is.
+
+    Raises:
+        ConfigError: not a run directory, or not finished or merged yet.
+    """
+    _check_run(run)
+    if not (run / MERGED).is_dir():
+        trained_directory(run)  # which says so where there is nothing to merge
+        raise ConfigError(f"{run}: not merged yet: genrec merge --run {run}")
+    return run / MERGED
+
+
+def _check_run(run: Path) -> None:
     if not (run / RUN_FILE).is_file():
-        raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning")
+        around = f", here {run.parent}" if (run.parent / RUN_FILE).is_file() else ""
+        raise ConfigError(f"{run}: no {RUN_FILE}: give the run directory of a pretraining or finetuning{around}")
+
+
+def _read_run_data(run: Path, data_dir: str | None) -> Data:
+    _check_run(run)
     facts = read_json(run / RUN_FILE)
     arguments = facts["arguments"]["data"]
     own = {name: arguments.get(name) for name in ("dataset", "items_file")}

@@ -20,7 +20,6 @@ from genrec_llm.baselines import Popularity, RecentRepeat
 from genrec_llm.baselines.neural import LastItemsToo, user_order
 from genrec_llm.card.facts import OPENINGS_FILE, describe_measured
 from genrec_llm.card.page import refresh_cards
-from genrec_llm.directory import MERGED
 from genrec_llm.errors import exits_cleanly
 from genrec_llm.evaluation import (
     GeneratedLists,
@@ -34,7 +33,7 @@ from genrec_llm.plots import can_draw, draw_run
 from genrec_llm.processes import launched
 from genrec_llm.provenance import provenance
 from genrec_llm.recommender import HistoryAlone, Recommender, WithoutUsers
-from genrec_llm.runs import check_merged, load_run_data, open_rivals
+from genrec_llm.runs import check_merged, load_run_data, merged_directory, open_rivals
 
 
 @exits_cleanly
@@ -46,7 +45,8 @@ def main() -> None:
 
     # Model and data, in every process; one a node reads the data
     with processes.step():
-        recommender = Recommender.from_pretrained(run / MERGED, device=processes.device)
+        merged = merged_directory(run)
+        recommender = Recommender.from_pretrained(merged, device=processes.device)
     data = load_run_data(run, data_dir=args.data_dir, processes=processes)
     with processes.step():
         check_merged(run, recommender.loaded.info, data)
@@ -106,7 +106,7 @@ def main() -> None:
         print("no pictures: pip install 'genrec-llm[plots]', then genrec plot", run)
     refresh_cards(run)
     print(f"written to {out}: report.json, report.md, ranks of each user; to {run / 'plots'}: pictures; cards renewed")
-    print(f"Next: genrec push {run / MERGED} org/name --dry-run")
+    print(f"Next: genrec push {merged} org/name --dry-run")
 
 
 if __name__ == "__main__":

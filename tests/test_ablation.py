@@ -13,6 +13,7 @@ import tiny
 from ablation import BASE, VARIANTS, Outcome
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
+from genrec_llm.errors import ConfigError
 from genrec_llm.files import read_json, write_json
 
 FIGURES = dict.fromkeys(ablation.METRICS, 0.25)
@@ -45,10 +46,8 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> No
     write_json(trial.folder / "finetune" / "run.json", {"finished": {}})
     kept = trial.folder / "finetune.yaml"
     kept.write_text("seed: 0\nlearning_rate: 0.5\n")
-    outcome = trial.run(configs, [])
-    assert (
-        outcome.reason.startswith(f"{kept}: this run has other settings: choose another --out") and not outcome.metrics
-    )
+    with pytest.raises(ConfigError, match=f"^{kept}: this run has other settings: choose another --out"):
+        trial.run(configs, [])
     assert kept.read_text() == "seed: 0\nlearning_rate: 0.5\n"
 
 
@@ -60,7 +59,8 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(tmp_path: Path, monkey
     (trial.folder / "finetune").mkdir()
     write_json(trial.folder / "finetune" / "run.json", {})
     assert trial.run(configs, flags).reason == "stopped here"
-    assert "this run has other settings" in trial.run(configs, []).reason
+    with pytest.raises(ConfigError, match="this run has other settings"):
+        trial.run(configs, [])
 
 
 def test_flags_of_a_run_that_never_began_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,8 @@ def test_flags_of_a_run_that_never_began_are_forgotten(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("flags", [["--max-history", "20"], ["--dropout", "0.1", "--max_history=20"]])
 def test_a_flag_does_not_undo_a_variant(flags: list[str], tmp_path: Path) -> None:
     trial = ablation.Trial("history of 50", 0, tmp_path / "out")
-    assert trial.run(tiny.save_stages(tmp_path), flags).reason.startswith("max_history: changed by this variant")
+    with pytest.raises(ConfigError, match=r"^-- max_history: 'history of 50' changes it"):
+        trial.run(tiny.save_stages(tmp_path), flags)
     assert not trial.folder.exists()
 
 
@@ -109,8 +110,8 @@ def test_a_variant_pretrains_where_it_or_the_configuration_says_so(
     assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune"]
     assert "from_run: null" in (trial.folder / "finetune.yaml").read_text()
     (configs / "finetune.yaml").write_text(config)
-    missing = ablation.Trial(BASE, 1, tmp_path / "missing").run(configs, [])
-    assert missing.reason == f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"
+    with pytest.raises(ConfigError, match=f"^{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"):
+        ablation.Trial(BASE, 1, tmp_path / "missing").run(configs, [])
     (configs / "finetune.yaml").write_text(config.replace("from_run: elsewhere\n", ""))
     trial = ablation.Trial("masked pretraining", 1, tmp_path / "other")
     assert trial.run(configs, []).reason == "stopped here" and trained == ["finetune", "pretrain"]
@@ -135,6 +136,36 @@ def test_a_variant_that_the_configuration_has_already_is_not_trained_again(
         "ranked by the history alone",
     }
     assert {*trained} == VARIANTS.keys() - same >= {BASE, "LoRA", "masked pretraining", "rows: random"}
+
+
+def test_what_cannot_be_begun_leaves_the_table_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other settings are refused before anything is trained; a crash, or a refusal of what is configured, is an error."""
+    configs, out = tiny.save_stages(tmp_path), tmp_path / "out"
+    ablation.write(out, [Outcome(BASE, 0, FIGURES, 10.0)])
+    before = {path: path.read_bytes() for path in out.iterdir()}
+
+    def main(*flags: str, code: int, said: str = "error: no room") -> str:
+        def run(command: object, log: Path) -> int:
+            log.write_text(f"{said}\n")
+            return code
+
+        monkeypatch.setattr(ablation, "run", run)
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "--configs", str(configs), "--out", str(out), *flags])
+        with pytest.raises(SystemExit, match="2"):
+            ablation.main()
+        return capsys.readouterr().err
+
+    log = out / "as-configured_seed-0" / "pretrain.log"
+    for code in (1, 2):
+        assert main("--variants", BASE, "--", "--dropout", "0.1", code=code).endswith(f"error: {log}: no room\n")
+    (log.parent / "pretrain").mkdir()
+    write_json(log.parent / "pretrain" / "run.json", {})
+    assert "pretrain.yaml: this run has other settings" in main("--variants", "rows: text", BASE, code=0)
+    assert {path: path.read_bytes() for path in before} == before and not (out / "rows-text_seed-0").exists()
+    main("--variants", "rows: text", "rows: random", code=1)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.slow

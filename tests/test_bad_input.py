@@ -278,7 +278,9 @@ def test_no_finished_run_to_go_on_from_merge_or_evaluate(
         (going_on,) = refused("finetune", *arguments(home, tmp_path / "run", "--from-run", folder))
         (evaluating,) = refused("evaluate", "--run", folder)
     assert merging == going_on == f"{folder}: holds no finished model (adapter/ or trained/): finish its training first"
-    assert f"{folder / 'merged'}: no such directory" in evaluating and "merged/ directory of a run" in evaluating
+    assert (
+        evaluating == merging if what == "unfinished" else evaluating.startswith(f"{folder}: no run.json: give the run")
+    )
 
 
 def test_evaluating_a_merged_model_beside_no_run(home: Path, tmp_path: Path, refused: Refused) -> None:
@@ -286,6 +288,11 @@ def test_evaluating_a_merged_model_beside_no_run(home: Path, tmp_path: Path, ref
     with untouched(tmp_path):
         (problem,) = refused("evaluate", "--run", tmp_path)
     assert f"{tmp_path}: no run.json: give the run directory" in problem
+
+
+def test_evaluating_the_merged_directory_in_place_of_its_run(home: Path, refused: Refused) -> None:
+    (problem,) = refused("evaluate", "--run", home / "finetune" / "merged")
+    assert problem.endswith(f"of a pretraining or finetuning, here {home / 'finetune'}")
 
 
 def test_evaluating_a_merged_model_of_another_data_set(run: Path, home: Path, tmp_path: Path, refused: Refused) -> None:

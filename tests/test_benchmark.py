@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark
@@ -11,7 +12,7 @@ import make_tables
 import pytest
 import tiny
 
-from genrec_llm.errors import DataError
+from genrec_llm.errors import ConfigError, DataError
 from genrec_llm.evaluation import EvalReport
 from genrec_llm.files import read_json
 from genrec_llm.metrics import ndcg
@@ -104,6 +105,14 @@ def test_what_cannot_be_is_named_at_once(
     ours = ("--model", "genrec", "--configs", tiny.save_stages(tmp_path))
     assert "--rival hng: rivals.yaml has" in refused(*ours, "--rivals", "hgn", "hng")
     assert "-- without_last: the rivals would" in refused(*ours, "--rivals", "hgn", "--", "--without-last", "1")
+
+
+def test_a_folder_has_the_runs_of_one_model(tmp_path: Path) -> None:
+    ours = benchmark.Benchmark(Path("configs"), "genrec-a", [], tmp_path / "out", "test", False, [])
+    for _ in range(2):
+        ours.keep_name()
+    with pytest.raises(ConfigError, match=r"--model genrec-b: .*out has runs of genrec-a: choose another --out"):
+        replace(ours, model="genrec-b").keep_name()
 
 
 def test_no_secret_goes_into_a_row() -> None:

@@ -474,11 +474,12 @@ def test_k_core_is_repeated_until_nothing_changes() -> None:
     assert interactions.k_core(1).fingerprint() == interactions.fingerprint()
 
 
-def test_k_core_drops_cold_items_and_keeps_text() -> None:
+def test_k_core_drops_cold_items_and_says_so_and_keeps_text(caplog: pytest.LogCaptureFixture) -> None:
     log = pd.DataFrame({"user": ["u"], "item": ["a"]})
     catalogue = pd.DataFrame({"item": ["cold", "a"], "title": ["Cold", "A"]})
     core = Interactions.from_log("toy", log, catalogue).k_core(1)
     assert core.catalogue.to_dict("list") == {"item": ["a"], "title": ["A"]}
+    assert "--k-core 1: 1 item without interactions left out of the catalogue" in caplog.text
 
 
 def test_a_k_core_that_leaves_nothing_says_so() -> None:

@@ -148,7 +148,7 @@ def test_a_finished_run_stays_as_it_is_and_is_measured_where_its_log_went(
     shutil.rmtree(run / "merged")
     with pytest.raises(SystemExit):
         tiny.recipe("evaluate", "--run", run, "--data-dir", tmp_path / "there")
-    assert f"or make this one: genrec merge --run {run}" in capsys.readouterr().err
+    assert f"error: {run}: not merged yet: genrec merge --run {run}" in capsys.readouterr().err
 
 
 class Pretended:

@@ -146,6 +146,12 @@ def test_rows_and_pairs_come_from_saved_reports(
         run(monkeypatch, tmp_path, "add", "--report", tmp_path / name, "--model", model, "--seed", 3, "--seconds", 2.5,
             "--command", "x")  # fmt: skip
         run(monkeypatch, tmp_path, "add", "--report", tmp_path / name, "--model", model, "--seed", 3, "--command", "x")
+    assert "in the place of another" not in capsys.readouterr().out  # the same figures again
+    run(monkeypatch, tmp_path, "add", "--report", tmp_path / "poor", "--model", "genrec", "--seed", 3, "--command", "x")
+    assert (
+        f"another genrec, seed 3 (tiny, test, seen kept): NDCG@10 was {made['ndcg@10']:.4f}" in capsys.readouterr().out
+    )
+    run(monkeypatch, tmp_path, "add", "--report", tmp_path / "good", "--model", "genrec", "--seed", 3, "--command", "x")
     rows = read_json(tmp_path / "results" / "quality.json")
     assert [(each["model"], each["seconds"]) for each in rows] == [("genrec", None), ("SASRec", None)]
     kept = EvalReport.load(make_tables.kept_report(tmp_path / "results" / "quality.json", rows[1]))

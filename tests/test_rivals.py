@@ -160,6 +160,8 @@ def test_rivals_of_other_data_and_folders_without_one_are_refused(
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "dropout"), "NAME=VALUE"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "droput=0.1"), "droput"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "seed=1,2"), "--set seed: give --seed"),
+        (("--rival", "hgn", "--dataset", "x.csv", "--max-history", "3"), "--max_history: rivals have no such thing"),
+        (("--table",), "no such folder"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "dim=8", "dim=16"), "--set dim: all its values in one"),
         (("--rival", "hgn", "--dataset", "x.csv", "--set", "first_rows=cooccurrence+vectors"), "--item-vectors"),
         ((), "--rival"),
@@ -169,5 +171,5 @@ def test_what_makes_no_sense_is_refused_before_anything_is_read(
     arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        rivals(*arguments, "--out", tmp_path)
+        rivals(*arguments, "--out", tmp_path / "out")
     assert ended.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())

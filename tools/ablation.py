@@ -17,25 +17,22 @@ Written to --out: ablation.md, ablation.json, ablation.png.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import yaml
+from commands import arguments_in, each, last_error, run, script
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-from genrec_llm.errors import ConfigError, DataError, exits_cleanly
+from genrec_llm.errors import EXIT_CODE, ConfigError, DataError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
 from genrec_llm.privacy import redacted
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 METRICS = ("hit_rate@5", "ndcg@5", "hit_rate@10", "ndcg@10")
 LABELS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 BASE, ALONE = "as configured", "no pretraining"
@@ -100,38 +97,54 @@ class Trial:
     seed: int
     folder: Path
 
-    def run(self, configs: Path, flags: Sequence[str]) -> Outcome:
-        """Train what is not trained yet."""
+    def plan(self, configs: Path, flags: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What each stage is trained with, in order; nothing where that is what is configured anyway.
+
+        Raises:
+            ConfigError: a configuration is missing, a flag undoes the variant, or its folder has a run of other settings.
+        """
         files = {stage: configs / f"{stage}.yaml" for stage in ("pretrain", "finetune")}
         config = {
             stage: yaml.safe_load(file.read_text(encoding="utf-8")) for stage, file in files.items() if file.is_file()
         }
         two_stages = bool(config["finetune"].get("from_run"))
         if two_stages and "pretrain" not in config:
-            reason = f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml"
-            return Outcome(self.variant, self.seed, reason=reason)
-        stages, as_configured = (self._stages(config, two_stages, VARIANTS[name]) for name in (self.variant, BASE))
+            raise ConfigError(f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml")
         changed = VARIANTS[self.variant].changes | VARIANTS[self.variant].pretraining
         if both := sorted(changed.keys() & arguments_in(flags)):
-            reason = f"{', '.join(both)}: changed by this variant, and given behind --: leave it to one of them"
-            return Outcome(self.variant, self.seed, reason=reason)
+            raise ConfigError(f"-- {', '.join(both)}: {self.variant!r} changes it: leave it to one of them")
+        stages, as_configured = (self._stages(config, two_stages, VARIANTS[name]) for name in (self.variant, BASE))
         if self.variant != BASE and _filled(stages) == _filled(as_configured):
+            return {}
+        for stage, settings in stages.items():
+            path = self.folder / f"{stage}.yaml"
+            if (self.folder / stage / "run.json").is_file() and self._before(stage) != (settings, [*flags]):
+                raise ConfigError(f"{path}: this run has other settings: choose another --out, or remove {self.folder}")
+        return stages
+
+    def run(self, configs: Path, flags: Sequence[str]) -> Outcome:
+        """Train what is not trained yet.
+
+        Raises:
+            ConfigError: see `plan`; or a stage failed, other than by refusing a variant.
+        """
+        stages = self.plan(configs, flags)
+        if not stages:
             return Outcome(self.variant, self.seed, reason=f"the same as {BASE!r}")
         for stage, settings in stages.items():
             path = self.folder / f"{stage}.yaml"
-            begun = (self.folder / stage / "run.json").is_file()
-            with_flags = path.with_suffix(".flags.json")
-            before = read_json(with_flags) if with_flags.is_file() else []
-            if begun and (yaml.safe_load(path.read_text(encoding="utf-8")), before) != (settings, [*flags]):
-                reason = f"{path}: this run has other settings: choose another --out, or remove {self.folder}"
-                return Outcome(self.variant, self.seed, reason=reason)
             with atomic_file(path) as temporary:
                 temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            if flags or before:
-                write_json(with_flags, [*flags])
+            write_json(path.with_suffix(".flags.json"), [*flags])
             if not finished(self.folder / stage) and (reason := self._train(stage, flags)):
                 return Outcome(self.variant, self.seed, reason=reason)
         return self.outcome([*stages])
+
+    def _before(self, stage: str) -> tuple[dict[str, Any], list[str]]:
+        """Settings and flags that a stage was begun with."""
+        path = self.folder / f"{stage}.yaml"
+        with_flags = path.with_suffix(".flags.json")
+        return yaml.safe_load(path.read_text(encoding="utf-8")), read_json(with_flags) if with_flags.is_file() else []
 
     def _stages(
         self, config: dict[str, dict[str, Any]], two_stages: bool, variant: Variant
@@ -148,19 +161,17 @@ class Trial:
         return stages
 
     def _train(self, stage: str, flags: Sequence[str]) -> str:
-        """Why a stage failed; empty if it did not."""
+        """Why the recipe refused a stage; empty if it did not.
+
+        Raises:
+            ConfigError: it failed, or refused what is configured.
+        """
         log = self.folder / f"{stage}.log"
-        with log.open("ab") as file:
-            done = subprocess.run(
-                [sys.executable, recipe(stage), "--config", str(self.folder / f"{stage}.yaml"), *flags],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            )  # fmt: skip
-        if done.returncode == 0:
-            return ""
-        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("error: ")] or said[-1:] or [f"exit {done.returncode}"]
-        return errors[-1].removeprefix("error: ")
+        code = run([script(f"recipes/{stage}.py"), "--config", str(self.folder / f"{stage}.yaml"), *flags], log)
+        said = last_error(log).removeprefix("error: ") if code else ""
+        if said and (code != EXIT_CODE or self.variant == BASE):
+            raise ConfigError(f"{log}: {said}")
+        return said
 
     def outcome(self, stages: Sequence[str]) -> Outcome:
         """The best validation of finetuning, and the seconds of all."""
@@ -174,20 +185,9 @@ class Trial:
         )  # fmt: skip
 
 
-def arguments_in(flags: Sequence[str]) -> set[str]:
-    """Names of the arguments that flags of a recipe set."""
-    names = (flag.removeprefix("--").split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
-    return {form for name in names for form in (name, name.removeprefix("no_"))}
-
-
 def _filled(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """With the defaults of what is not named."""
     return {stage: DEFAULTS | settings for stage, settings in stages.items()}
-
-
-def recipe(name: str) -> str:
-    """The path of a recipe from here, as it is to stand in the run's command."""
-    return os.path.relpath(REPOSITORY / "recipes" / f"{name}.py")
 
 
 def finished(run: Path) -> bool:
@@ -286,10 +286,18 @@ def main() -> None:
         for seed in args.seeds
         for variant in args.variants
     ]
+    problems = []
+    for trial in trials:
+        try:
+            trial.plan(args.configs, args.flags)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     outcomes: list[Outcome] = []
     writing = Lock()
 
-    def run(trial: Trial) -> None:
+    def work(trial: Trial) -> None:
         outcome = trial.run(args.configs, args.flags)
         print(
             f"{trial.variant}, seed {trial.seed}: {outcome.reason or format(outcome.metrics['ndcg@10'], '.4f')}",
@@ -301,8 +309,7 @@ def main() -> None:
             outcomes.sort(key=lambda one: order[one.variant, one.seed])
             write(args.out, outcomes)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, trials))
+    each(work, trials, args.jobs)
     print(table(outcomes), end="")
     print(f"written to {args.out}: ablation.md, ablation.json, ablation.png")
 

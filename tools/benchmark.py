@@ -19,19 +19,18 @@ history kept.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ablation import BASE, REPOSITORY, Trial, arguments_in, recipe
+from ablation import BASE, Trial
+from commands import arguments_in, each, last_error, run, script
 from make_tables import (
     OURS,
     QUALITY,
@@ -44,13 +43,13 @@ from make_tables import (
     put_reports,
     rows_of_run,
 )
-from rivals import tuned
+from rivals import NOT_READ, tuned
 
 from genrec_llm.args import DataArguments
 from genrec_llm.baselines.neural import FACTS
 from genrec_llm.errors import ConfigError, counted, exits_cleanly
 from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO, EvalReport
-from genrec_llm.files import read_json
+from genrec_llm.files import read_json, write_json
 from genrec_llm.privacy import redacted
 
 OF_DATA = [each.name for each in fields(DataArguments)]
@@ -76,6 +75,17 @@ class Benchmark:
         config: dict[str, Any] = yaml.safe_load((self.configs / "finetune.yaml").read_text(encoding="utf-8"))
         return config
 
+    def keep_name(self) -> None:
+        """Note in the folder of the runs whose they are.
+
+        Raises:
+            ConfigError: another model's.
+        """
+        path, here = self.out / "benchmark.json", {"model": self.model}
+        if path.is_file() and (found := read_json(path)) != here:
+            raise ConfigError(f"--model {self.model}: {self.out} has runs of {found['model']}: choose another --out")
+        write_json(path, here)
+
     def run(self, seed: int) -> Path:
         """Our run directory."""
         return self.out / f"seed-{seed}" / "finetune"
@@ -84,25 +94,25 @@ class Benchmark:
         """The folder of a rival's run, as tools/rivals.py names it."""
         return self.out / "rivals" / f"{name}_seed={seed}"
 
-    def train(self, name: str | None, seed: int) -> str:
-        """Train a rival, or ours where no name is given; empty, or why it failed."""
+    def train(self, name: str | None, seed: int) -> None:
+        """Train a rival, or ours where no name is given.
+
+        Raises:
+            ConfigError: it failed.
+        """
+        print(f"seed {seed}: {name or self.model}: training, or trained already", flush=True)
         if name is None:
-            outcome = Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, self.flags)
-            return outcome.reason and f"{self.run(seed).parent}: {outcome.reason}"
-        source = [name for name in OF_DATA if name in self.config]
+            Trial(BASE, seed, self.out / f"seed-{seed}").run(self.configs, self.flags)
+            return
+        source = [name for name in OF_DATA if name in self.config and name not in NOT_READ]
         flags = [word for key in source for word in (f"--{key}", str(self.config[key]))]
         if self.config.get("item_vectors"):
             flags += ["--item-vectors", self.config["item_vectors"]]
         log = self.out / "rivals" / f"{name}_seed={seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            done = subprocess.run(
-                [sys.executable, os.path.relpath(REPOSITORY / "tools" / "rivals.py"), *flags, "--rival", name,
-                 "--seed", str(seed), "--out", str(log.parent)],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            )  # fmt: skip
-        return f"{log}: this rival failed" if done.returncode else ""
+        where = ["--rival", name, "--seed", str(seed), "--out", str(log.parent)]
+        if run([script("tools/rivals.py"), *flags, *where], log):
+            raise ConfigError(f"{log}: {last_error(log).removeprefix('error: ')}")
 
     def report(self, seed: int) -> Path:
         """Where recipes/evaluate.py writes."""
@@ -179,7 +189,7 @@ def of_same_training(made: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 
 def call(name: str, *arguments: object) -> None:
     """Run a recipe; what it says goes to the terminal."""
-    command = [sys.executable, recipe(name), *map(str, arguments)]
+    command = [sys.executable, script(f"recipes/{name}.py"), *map(str, arguments)]
     if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
         raise ConfigError(f"failed: {shlex.join(command)}")
 
@@ -210,17 +220,18 @@ def main() -> None:
     benchmark = Benchmark(args.configs, args.model, args.rivals, args.out, args.split, args.keep_seen, args.flags)
     for name in args.rivals:
         tuned(benchmark.config["dataset"], name)
+    benchmark.keep_name()
     wanted = [(name, seed) for seed in args.seeds for name in (None, *args.rivals)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        problems = [reason for reason in pool.map(lambda each: benchmark.train(*each), wanted) if reason]
-    if problems:
-        raise ConfigError(problems)
+    each(lambda job: benchmark.train(*job), wanted, args.jobs)
     for seed in args.seeds:
         benchmark.rank(seed)
         own = benchmark.add(seed, args.quality)
     put_pairs(args.quality, benchmark.pairs(args.quality, own))
     print(f"{counted(len(args.seeds), 'seed')} in {args.quality}")
-    print("Next: python tools/make_tables.py")
+    other = (
+        "" if args.quality == QUALITY else f" --quality {args.quality} --page {args.quality.with_name('accuracy.md')}"
+    )
+    print(f"Next: python tools/make_tables.py{other}")
 
 
 if __name__ == "__main__":

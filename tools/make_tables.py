@@ -217,15 +217,21 @@ def rows_of_run(run: Path, model: str, evaluation: str = "*") -> list[tuple[Row,
     return rows
 
 
-def put(path: Path, new: Iterable[Row]) -> None:
+def put(path: Path, new: Iterable[Row]) -> list[Row]:
     """Add rows to quality.json, in the place of those with the same key.
+
+    Returns:
+        The rows that were there and had other figures.
 
     Raises:
         DataError: a row is not what it has to be; the file is as it was.
     """
     rows = {_key(row): row for row in (checked(read_json(path), path) if path.is_file() else [])}
-    rows |= {_key(row): row for row in new}
+    own = {_key(row): row for row in new}
+    others = [row for key, row in rows.items() if key in own and any(row[name] != own[key][name] for name in METRICS)]
+    rows |= own
     write_json(path, checked(list(rows.values()), path))
+    return others
 
 
 def pair_of(ours: Sequence[EvalReport], rivals: Sequence[EvalReport], models: Sequence[str], seeds: list[int]) -> Pair:
@@ -319,11 +325,12 @@ def kept_report(quality: Path, row: Row) -> Path:
     return quality.with_name("ranks").joinpath(*(re.sub(r"[^A-Za-z0-9-]+", "_", part) for part in parts))
 
 
-def put_reports(quality: Path, new: Sequence[tuple[Row, EvalReport]]) -> None:
-    """Add rows (see `put`), and keep what the first places of the report of each say (`EvalReport.first_places`)."""
-    put(quality, [row for row, _ in new])
+def put_reports(quality: Path, new: Sequence[tuple[Row, EvalReport]]) -> list[Row]:
+    """As `put`, and keep what the first places of the report of each say (`EvalReport.first_places`)."""
+    others = put(quality, [row for row, _ in new])
     for row, report in new:
         report.first_places().save(kept_report(quality, row))
+    return others
 
 
 def check_kept(rows: Sequence[Row], quality: Path) -> None:
@@ -566,8 +573,12 @@ def main() -> None:
             made, report = _made(args.report, args.command), EvalReport.load(args.report)
             training = {"seed": args.seed, "seconds": args.seconds}
             rows = [(row_of(report, args.model, made, training), report)]
-        put_reports(args.quality, rows)
+        others = put_reports(args.quality, rows)
         print(f"{len(rows)} rows written to {args.quality}")
+        for row in others:
+            seed = "" if row["seed"] is None else f", seed {row['seed']}"
+            print(f"in the place of another {row['model']}{seed} ({row['dataset']}, {row['split']}, {row['protocol']}): "
+                  f"NDCG@10 was {row['ndcg@10']:.4f}")  # fmt: skip
     else:
         seeds = [] if args.seed is None else [args.seed]
         pair = pair_of([EvalReport.load(args.ours)], [EvalReport.load(args.rival)], args.models, seeds)

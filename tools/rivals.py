@@ -9,7 +9,7 @@
 some of it; several values, or several seeds, make a run of each combination. A run is a folder of its own, named after the
 rival and what was replaced. Killed at any time, the same command goes on; runs that have ended are not run again, and a
 folder of other settings or data is refused. `--table` lists all runs of a folder, with their best validation. The flags of
-data are those of the recipes.
+data are those of the recipes, but for what belongs to a model: rivals have a history of their own (`--set max_history=…`).
 
 `recipes/evaluate.py --rivals FOLDER …` ranks them beside a model of ours.
 """
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
+from commands import arguments_in, each, last_error
+from commands import run as run_program
 
 from genrec_llm.args import DataArguments, parse_args
 from genrec_llm.baselines.neural import FACTS, NeuralRecommender, RivalSettings, finish, identity, train, user_order
@@ -40,6 +40,8 @@ from genrec_llm.rows import cooccurrence_and_vectors, cooccurrence_rows
 from genrec_llm.vectors import read_item_vectors
 
 TUNED = Path(__file__).with_suffix(".yaml")
+NOT_READ = ("max_history", "users", "user_buckets")
+"""Flags of data that are a model's; rivals have their own history, and know no user by a token."""
 
 
 def tuned(dataset: str, rival: str) -> RivalSettings:
@@ -119,16 +121,13 @@ def points(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
 def queue(args: argparse.Namespace, names: Sequence[str]) -> None:
     """A process a run, `--jobs` at a time."""
 
-    def start(place: int) -> int:
-        own = [*sys.argv, "--only", names[place]]
-        with open(args.out / f"{names[place]}.log", "a") as log:
-            return subprocess.run([sys.executable, *own], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    def start(name: str) -> None:
+        log = args.out / f"{name}.log"
+        if run_program([*sys.argv, "--only", name], log):
+            raise ConfigError(f"{log}: {last_error(log).removeprefix('error: ')}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(pool.map(start, range(len(names))))
-    if failed := [name for name, code in zip(names, codes, strict=True) if code]:
-        raise ConfigError([f"{args.out / name}.log: this run failed" for name in failed])
+    each(start, names, args.jobs)
 
 
 def table(folder: Path) -> str:
@@ -159,10 +158,14 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args, of_data = parser.parse_known_args()
     if args.table:
+        if not args.out.is_dir():
+            raise ConfigError(f"--out: {args.out}: no such folder")
         print(table(args.out))
         return
     if not args.rival:
         raise ConfigError("--rival: name one, or ask for --table")
+    if given := sorted(arguments_in(of_data) & {*NOT_READ}):
+        raise ConfigError([f"--{name}: rivals have no such thing, but for --set max_history=…" for name in given])
     (source,) = parse_args(DataArguments, argv=of_data)
     settings = {name: tuned(source.dataset, args.rival).with_values(point) for name, point in points(args)}
     if not args.item_vectors and any("vectors" in each.first_rows for each in settings.values()):

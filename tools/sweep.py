@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -53,6 +52,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 from ablation import finished
+from commands import arguments_in, begin, last_error, with_parent
 
 from genrec_llm.errors import ConfigError, DataError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json
@@ -202,19 +202,6 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def last_error(log: Path) -> str:
-    """What a failed run said last: its `error:` lines, or the last line that is not empty."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    # A log goes on where the process before ended; only the last process counts.
-    starts = [place for place, line in enumerate(lines) if line.startswith(STARTED)]
-    lines = lines[starts[-1] + 1 :] if starts else lines
-    errors = [line for line in lines if line.startswith("error:")]
-    return " ".join(errors) or (lines[-1] if lines else "it said nothing")
-
-
-STARTED = "--- started"
-
-
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +257,7 @@ class Sweep:
     running: list[Running]
 
     def _refuse_double_flags(self) -> None:
-        given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in self.flags if flag.startswith("--")}
+        given = arguments_in(self.flags)
         problems = [f"--{name}: stands in the space too: leave it out behind `--`" for name in given & self.space.names]
         problems += [f"--{name}: the sweep gives each trial its own" for name in given & set(WRITTEN)]
         if problems:
@@ -358,13 +345,12 @@ class Sweep:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         with self.path(number, ".log").open("ab") as log:
-            log.write(f"{STARTED} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n".encode())
-            log.flush()
+            begin(log)
             # The lock goes to the process too, and is held until both are gone: no two processes train in one folder.
             process = subprocess.Popen(
                 [sys.executable, str(self.recipe), "--config", str(self.path(number, ".yaml")), *self.flags],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                pass_fds=[lock.fileno()], preexec_fn=_with_parent,
+                pass_fds=[lock.fileno()], preexec_fn=with_parent,
             )  # fmt: skip
         self.running.append(Running(trial, process, lock, time.monotonic()))
         print(f"trial {number}: {_words(trial.user_attrs['settings'])}", flush=True)
@@ -447,15 +433,6 @@ class Sweep:
         for each in self.running:
             each.process.wait()
             self._note_seconds(each)
-
-
-def _with_parent() -> None:
-    """In the process of a trial: it is told to stop when the sweep is gone, and Ctrl-C is the sweep's to hear."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGTERM
-        )  # PR_SET_PDEATHSIG; elsewhere it trains on, and the lock is waited for
 
 
 def _words(settings: Settings) -> str:
