@@ -351,7 +351,7 @@ def build_report(name: str, ranked: RankedUsers, data: EvalData, *, exclude_seen
 def check_comparable(reports: Sequence[EvalReport]) -> None:
     """Refuse reports that do not share a protocol and its users.
 
-    Data with a fingerprint has its users in one order, whatever tokens a model gives them; without, the tokens tell.
+    Whole data with a fingerprint has its users in one order, whatever tokens models give them; without, the tokens tell.
 
     Raises:
         ConfigError: what differs.
@@ -365,10 +365,18 @@ def check_comparable(reports: Sequence[EvalReport]) -> None:
         if "dataset" in differing:  # then the rest follows
             differing = ["dataset"]
         problems += [f"{names}: {key} is {mine[key]!r} and {theirs[key]!r}" for key in differing]
-        if not differing and not mine["fingerprint"] and not np.array_equal(first.user_rows, other.user_rows):
+        if not differing and not _same_users(first.user_rows, other.user_rows, numbered=not mine["fingerprint"]):
             problems.append(f"{names}: their users differ or come in another order")
     if problems:
         raise ConfigError([f"{problem}. Evaluate both on the same split and protocol." for problem in problems])
+
+
+def _same_users(mine: NDArray[np.int64], theirs: NDArray[np.int64], *, numbered: bool) -> bool:
+    """Whether tokens may be those of the same users; of models with one for each, `numbered` alike or not."""
+    if numbered:
+        return np.array_equal(mine, theirs)
+    each = all(rows.min() > 0 and len(np.unique(rows)) == len(rows) for rows in (mine, theirs))
+    return not each or np.array_equal(np.sort(mine), np.sort(theirs))
 
 
 def markdown(reports: Sequence[EvalReport]) -> str:

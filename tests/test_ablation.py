@@ -165,6 +165,11 @@ def test_what_cannot_be_begun_leaves_the_table_as_it_was(
     assert "pretrain.yaml: this run has other settings" in main("--variants", "rows: text", BASE, code=0)
     assert {path: path.read_bytes() for path in before} == before and not (out / "rows-text_seed-0").exists()
     main("--variants", "rows: text", "rows: random", code=1)
+    assert "-- from_run, seed: each stage gets its own" in main("--", "--seed", "5", "--from-run", "x", code=0)
+    begun = out / "rows-text_seed-0" / "pretrain"
+    begun.mkdir()
+    write_json(begun / "run.json", {})
+    assert main("--variants", "rows: text", code=2).endswith(f"error: {begun}.log: no room\n")  # accepted once
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -107,6 +107,17 @@ def test_what_cannot_be_is_named_at_once(
     assert "-- without_last: the rivals would" in refused(*ours, "--rivals", "hgn", "--", "--without-last", "1")
 
 
+def test_what_rivals_do_not_read_may_be_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[object] = []
+    monkeypatch.setattr(benchmark, "each", lambda work, jobs, at_once: trained.extend(jobs))
+    monkeypatch.setattr(benchmark.Benchmark, "rank", lambda *_: sys.exit(7))
+    words = ["--out", tmp_path / "out", "--model", "genrec", "--configs", tiny.save_stages(tmp_path), "--rivals", "hgn"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, words), "--", "--max-history", "10", "--users", "none"])
+    with pytest.raises(SystemExit, match="7"):
+        benchmark.main()
+    assert trained == [(None, 0), ("hgn", 0)]
+
+
 def test_a_folder_has_the_runs_of_one_model(tmp_path: Path) -> None:
     ours = benchmark.Benchmark(Path("configs"), "genrec-a", [], tmp_path / "out", "test", False, [])
     for _ in range(2):

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from commands import arguments_in, begin, each, last_error, run
 
-from genrec_llm.errors import ConfigError
+from genrec_llm.errors import ConfigError, DataError
 
 TOOL = """
 import sys
@@ -28,6 +28,7 @@ import os, signal, sys, time
 from pathlib import Path
 name = sys.argv[1]
 def save(*_):
+    time.sleep(3 * (name == "b"))
     Path(__file__).with_name(name + ".saved").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
@@ -45,6 +46,9 @@ def test_what_was_started_saves_and_ends_with_the_tool(number: signal.Signals, t
     )
     until(lambda: all((tmp_path / f"{name}.begun").is_file() for name in "ab"))
     tool.send_signal(number)
+    if number == signal.SIGTERM:
+        time.sleep(1)
+        tool.send_signal(number)
     said = tool.communicate(timeout=30)[1]
     assert tool.returncode and ("the same command goes on" in said) == (number != signal.SIGKILL)
     if number != signal.SIGKILL:  # it waited for them
@@ -77,7 +81,7 @@ def test_every_job_is_done_and_all_problems_are_told_at_the_end(tmp_path: Path) 
         code = run([str(tmp_path / "fail.py"), name], tmp_path / f"{name}.log")
         done.append((name, code))
         if name != "bb":
-            raise ConfigError(last_error(tmp_path / f"{name}.log"))
+            raise (ConfigError if name == "a" else DataError)(last_error(tmp_path / f"{name}.log"))
 
     with pytest.raises(ConfigError) as caught:
         each(work, ["a", "bb", "ccc"], 2)

@@ -151,6 +151,13 @@ def test_reports_of_different_protocols_are_not_compared(data: EvalData) -> None
     assert [word in str(error.value) for word in ("split", "exclude_seen", "'validation'")] == [True] * 3
     others = replace(data, users=data.users[::-1])
     mine.compare(report_of(Constant(), others))  # other tokens, of the users that the fingerprint tells
+    for part in (data.users + 1, data.users * 0 + 1, data.users * 0):
+        report = report_of(Constant(), replace(data, users=part))
+        if part.max() > USERS:  # one token each, and not those of the same users
+            with pytest.raises(ConfigError, match="their users differ"):
+                mine.compare(report)
+        else:  # hashed, or no user known
+            mine.compare(report)
     with pytest.raises(ConfigError, match="another order"):
         markdown([report_of(Constant(), replace(each, fingerprint="")) for each in (data, others)])
     mine.compare(report_of(Constant(), replace(data, max_history=None)))  # a recommender's own affair

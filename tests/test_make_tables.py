@@ -179,7 +179,9 @@ def test_rows_and_pairs_come_from_saved_reports(
         pair_of(reports[:1], [theirs], ["a", "b"], [])
 
 
-def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user(tmp_path: Path) -> None:
+def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tiny.eval_data(users=60, items=40, longest=8, split="test")
 
     class Noise:
@@ -199,11 +201,15 @@ def test_a_pair_of_several_seeds_is_of_the_mean_of_each_user(tmp_path: Path) -> 
     assert pair.mean == pytest.approx(np.mean(each[0]) - np.mean(each[1]), abs=1e-12)
     alone = [pair_of([a], [b], ["genrec", "SASRec"], [0]) for a, b in zip(ours, rivals, strict=True)]
     assert pair.high - pair.low < min(one.high - one.low for one in alone)  # noise of seeds is averaged away
-    put_pairs(tmp_path / "quality.json", [pair])
+    quality = tmp_path / "quality.json"
+    put_pairs(quality, [pair])
     for seeds in ([0], [5], [1, 5]):  # those of the other seeds may be gone
-        assert read_pairs(put_pairs(tmp_path / "quality.json", [replace(alone[0], seeds=seeds)])) == [pair]
+        put_pairs(quality, [replace(alone[0], seeds=seeds)])
+        assert read_pairs(make_tables.pairs_beside(quality)) == [pair]
+        assert "quality_pairs.json has it of seeds [0, 1], which are not all here" in capsys.readouterr().out
     more = replace(alone[0], seeds=[0, 1, 2])
-    assert read_pairs(put_pairs(tmp_path / "quality.json", [more])) == [more]
+    put_pairs(quality, [more])
+    assert read_pairs(make_tables.pairs_beside(quality)) == [more]
     assert "- genrec - SASRec, seeds 0 1: " in tables(
         [row("genrec", 0, 0.1)], [replace(pair, dataset="toy", protocol="seen removed")], {}
     )

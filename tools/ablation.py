@@ -29,7 +29,7 @@ import yaml
 from commands import arguments_in, each, last_error, run, script
 
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
-from genrec_llm.errors import EXIT_CODE, ConfigError, DataError, exits_cleanly
+from genrec_llm.errors import EXIT_CODE, ConfigError, DataError, GenRecError, exits_cleanly
 from genrec_llm.files import atomic_file, read_json, write_json
 from genrec_llm.privacy import redacted
 
@@ -110,9 +110,11 @@ class Trial:
         two_stages = bool(config["finetune"].get("from_run"))
         if two_stages and "pretrain" not in config:
             raise ConfigError(f"{configs}: finetune.yaml names a from_run, and there is no pretrain.yaml")
-        changed = VARIANTS[self.variant].changes | VARIANTS[self.variant].pretraining
-        if both := sorted(changed.keys() & arguments_in(flags)):
+        given, variant = arguments_in(flags), VARIANTS[self.variant]
+        if both := sorted((variant.changes | variant.pretraining).keys() & given):
             raise ConfigError(f"-- {', '.join(both)}: {self.variant!r} changes it: leave it to one of them")
+        if own := sorted({"seed", "output_dir", "from_run", "config"} & given):
+            raise ConfigError(f"-- {', '.join(own)}: each stage gets its own: leave it out")
         stages, as_configured = (self._stages(config, two_stages, VARIANTS[name]) for name in (self.variant, BASE))
         if self.variant != BASE and _filled(stages) == _filled(as_configured):
             return {}
@@ -164,12 +166,13 @@ class Trial:
         """Why the recipe refused a stage; empty if it did not.
 
         Raises:
-            ConfigError: it failed, or refused what is configured.
+            ConfigError: it failed, or refused what is configured or was begun.
         """
         log = self.folder / f"{stage}.log"
         code = run([script(f"recipes/{stage}.py"), "--config", str(self.folder / f"{stage}.yaml"), *flags], log)
         said = last_error(log).removeprefix("error: ") if code else ""
-        if said and (code != EXIT_CODE or self.variant == BASE):
+        accepted = self.variant == BASE or (self.folder / stage / "run.json").is_file()
+        if said and (accepted or code != EXIT_CODE):
             raise ConfigError(f"{log}: {said}")
         return said
 
@@ -290,7 +293,7 @@ def main() -> None:
     for trial in trials:
         try:
             trial.plan(args.configs, args.flags)
-        except ConfigError as error:
+        except GenRecError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)

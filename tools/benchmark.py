@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 from ablation import BASE, Trial
-from commands import arguments_in, each, last_error, run, script
+from commands import arguments_in, each, last_error, run, script, with_parent
 from make_tables import (
     OURS,
     QUALITY,
@@ -190,7 +190,7 @@ def of_same_training(made: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 def call(name: str, *arguments: object) -> None:
     """Run a recipe; what it says goes to the terminal."""
     command = [sys.executable, script(f"recipes/{name}.py"), *map(str, arguments)]
-    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
+    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False, preexec_fn=with_parent).returncode:
         raise ConfigError(f"failed: {shlex.join(command)}")
 
 
@@ -213,7 +213,7 @@ def main() -> None:
     problems = [] if there else [f"--configs: {args.configs}: finetune.yaml has to be in it"]
     if not args.model.startswith(OURS):
         problems.append(f"--model {args.model}: the name of a model of ours begins with {OURS}")
-    if args.rivals and (of_data := sorted(arguments_in(args.flags) & {*OF_DATA})):
+    if args.rivals and (of_data := sorted(arguments_in(args.flags) & {*OF_DATA} - {*NOT_READ})):
         problems.append(f"-- {', '.join(of_data)}: the rivals would train on other data: write it into finetune.yaml")
     if problems:
         raise ConfigError(problems)

@@ -15,7 +15,7 @@ from threading import Event
 from types import FrameType
 from typing import IO, TypeVar
 
-from genrec_llm.errors import ConfigError
+from genrec_llm.errors import ConfigError, GenRecError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STARTED = "--- started"
@@ -49,10 +49,12 @@ def each(work: Callable[[Job], None], jobs: Sequence[Job], at_once: int) -> None
     def tried(job: Job) -> None:
         try:
             work(job)
-        except ConfigError as error:
+        except GenRecError as error:
             problems.extend(error.problems)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and _stopped.is_set():
+            return  # what was told to save is waited for
         _stopped.set()
         for process in [*_running]:
             process.send_signal(signal.SIGTERM)

@@ -268,8 +268,8 @@ def read_pairs(path: Path) -> list[Pair]:
     return [Pair(**row) for row in rows]
 
 
-def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
-    """Add pairs to the file beside quality.json, which is returned, in the place of those with the same key.
+def put_pairs(quality: Path, new: Iterable[Pair]) -> None:
+    """Add pairs to the file beside quality.json, in the place of those with the same key; what is written is said.
 
     One with seeds that the new one has not stays.
     """
@@ -277,10 +277,15 @@ def put_pairs(quality: Path, new: Iterable[Pair]) -> Path:
     pairs = {_identity(pair): pair for pair in read_pairs(path)}
     for pair in new:
         there = pairs.get(_identity(pair))
+        said = f"{pair.model} - {pair.rival}, NDCG@10: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
         if there is None or set(there.seeds) <= set(pair.seeds):
             pairs[_identity(pair)] = pair
+            print(f"{said}; in {path}")
+        else:
+            print(
+                f"{said}; not written: {path} has it of seeds {there.seeds}, which are not all here: remove that first"
+            )
     write_json(path, [asdict(pair) for pair in pairs.values()])
-    return path
 
 
 def check_pairs(rows: Sequence[Row], pairs: Sequence[Pair], path: Path) -> None:
@@ -582,8 +587,7 @@ def main() -> None:
     else:
         seeds = [] if args.seed is None else [args.seed]
         pair = pair_of([EvalReport.load(args.ours)], [EvalReport.load(args.rival)], args.models, seeds)
-        path = put_pairs(args.quality, [pair])
-        print(f"{pair.model} - {pair.rival}, NDCG@10: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]; in {path}")
+        put_pairs(args.quality, [pair])
 
 
 if __name__ == "__main__":
