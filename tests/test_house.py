@@ -83,7 +83,8 @@ def test_the_modules_of_the_data_verbs_start_without_torch(module: str) -> None:
     assert python(f"import genrec_llm.{module}\n" + PRINT_HEAVY_MODULES) == "[]\n"
 
 
-TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
+COMMANDS = REPOSITORY / "tools" / "commands.py"  # what tools share; no program
+TOOLS = sorted({*(REPOSITORY / "tools").glob("*.py")} - {COMMANDS})
 ASK_EACH_FOR_HELP = """
 import contextlib, io, json, runpy, sys, traceback
 answers = {}
