@@ -52,7 +52,7 @@ from genrec_llm.evaluation import HISTORY_ALONE, LAST_ITEMS_TOO, EvalReport
 from genrec_llm.files import read_json, write_json
 from genrec_llm.privacy import redacted
 
-OF_DATA = [each.name for each in fields(DataArguments)]
+OF_DATA = [field.name for field in fields(DataArguments)]
 GENERATED = 500
 """Users whose lists are also made by `generate`; its beams take many times as long as the ranking of all."""
 
