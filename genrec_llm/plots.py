@@ -276,7 +276,7 @@ def metric_bars(reports: Sequence[EvalReport]) -> Figure:
     axes.set_ylabel("mean over users, 95 % interval")
     axes.set_title(str(reports[0].protocol), fontsize=9)
     _tidy(axes)
-    axes.legend(frameon=False, ncols=min(len(reports), 4), loc="upper left", bbox_to_anchor=(0, -0.08))
+    _legend(figure, axes, -0.08)
     return figure
 
 
@@ -310,7 +310,7 @@ def rank_curves(reports: Sequence[EvalReport]) -> Figure:
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_title(str(reports[0].protocol), fontsize=9)
     _tidy(axes)
-    axes.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.13))
+    _legend(figure, axes, -0.15)
     return figure
 
 
@@ -421,6 +421,15 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.grid(True, color="#dddddd")
     axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, axes: Axes, below: float) -> None:
+    """Under the axes, in as many columns as the names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    names = [_short(name, 60) for name in names]
+    letters = 11 * figure.get_figwidth()  # about those that fit beside each other
+    columns = int(np.clip(letters // (6 + max(map(len, names))), 1, 4))
+    axes.legend(handles, names, frameon=False, ncols=columns, loc="upper left", bbox_to_anchor=(0, below))
 
 
 def _colour(position: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,16 @@ def test_the_rank_curve_is_the_share_of_users_at_every_length() -> None:
     at_five = band[np.isclose(band[:, 0], 5)][:, 1]
     half = 1.96 * np.sqrt(0.25 / USERS)
     assert at_five.min() == pytest.approx(0.5 - half) and at_five.max() == pytest.approx(0.5 + half)
+
+
+@pytest.mark.parametrize("draw", [metric_bars, rank_curves])
+def test_long_names_leave_the_axes_their_width(draw: Callable[[Sequence[EvalReport]], Any]) -> None:
+    long = "sasrec-softmax_dropout=0.5_learning_rate=5e-4_max_history=200_layers=3_heads=2"
+    figure = draw([report_of("GenRec", worse=0), *(report_of(f"{number}_{long}", worse=1) for number in range(5))])
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    legend = axes.get_legend()
+    assert legend is not None and legend.get_window_extent().x1 < figure.bbox.width < 1.3 * axes.bbox.width
 
 
 def test_reports_of_other_protocols_are_not_drawn_together() -> None:

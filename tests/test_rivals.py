@@ -28,6 +28,7 @@ from genrec_llm.tasks import LAST_ITEMS_SHARES, last_items_weights
 from genrec_llm.vectors import read_item_vectors, write_item_vectors
 
 SMALL = ("--set", "epochs=2", "dim=8", "validate_every=1", "batch_size=32")
+HGN, SASREC = ("_".join([rival, *SMALL[1:]]) for rival in ("hgn", "sasrec-softmax"))  # as reports name them
 
 
 def rivals(*arguments: object) -> None:
@@ -54,13 +55,12 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rivals_are_ranked_beside_our_model_on_the_same_users(ground: Path) -> None:
     trained = sorted(path.parent for path in (ground / "rivals").rglob("rival.json"))
-    assert [path.name.split("_")[0] for path in trained] == ["hgn", "sasrec-softmax"]
+    assert [path.name for path in trained] == [f"{HGN}_seed=0", f"{SASREC}_seed=0"]
     tiny.recipe("evaluate", "--run", ground / "run", "--use_cpu", "--rivals", *trained)
     summary = read_json(ground / "run" / "evaluation" / "validation" / "report.json")
-    assert {"hgn", "sasrec-softmax"} < set(summary["differences"])
-    assert summary["rivals"]["hgn"]["seed"] == 0 and "rivals.py" in summary["rivals"]["hgn"]["command"]
-    for path in trained:
-        name = path.name.split("_")[0]
+    assert {HGN, SASREC} < set(summary["differences"])
+    assert summary["rivals"][HGN]["seed"] == 0 and "rivals.py" in summary["rivals"][HGN]["command"]
+    for path, name in zip(trained, (HGN, SASREC), strict=True):
         beside = EvalReport.load(ground / "run" / "evaluation" / "validation" / name)
         alone = EvalReport.load(path / "validation")
         assert beside.ranks.better.tolist() == alone.ranks.better.tolist()  # user rows and all
@@ -92,8 +92,8 @@ def test_with_last_items_in_our_ranking_each_side_is_also_ranked_in_the_other_wa
         torch.testing.assert_close(found, likely, rtol=1e-4, atol=1e-8)
     of_share = {share: ranked(too, users) for share, too in mixtures.items()}
     assert len(set(map(tuple, of_share.values()))) == len(LAST_ITEMS_SHARES)
-    chosen = read_json(out / "report.json")["rivals"]["hgn"]["last_items_share"]
-    assert EvalReport.load(out / "hgn,_last_items_too").ranks.better.tolist() == of_share[chosen]
+    chosen = read_json(out / "report.json")["rivals"][HGN]["last_items_share"]
+    assert EvalReport.load(out / f"{HGN},_last_items_too").ranks.better.tolist() == of_share[chosen]
     shown = {path.parent.name: EvalReport.load(path.parent).protocol.max_history for path in out.glob("*/report.json")}
     assert {name: most for name, most in shown.items() if most} == {"GenRec": 50, "GenRec,_history_alone": 50}
     assert EvalReport.load(out / "GenRec").ranks.better.tolist() != ranked(mixed, asked.users)
@@ -109,7 +109,7 @@ def test_with_last_items_in_our_ranking_each_side_is_also_ranked_in_the_other_wa
     assert chosen == best("validation") != best("test") and chosen != sum(layout.last_items_weights)
     tiny.recipe("evaluate", "--run", ground / "run", "--use_cpu", "--split", "test", "--rivals", trained[0])
     opened = read_json(ground / "run" / "evaluation" / "test" / "report.json")
-    assert opened["rivals"]["hgn"]["last_items_share"] == chosen
+    assert opened["rivals"][HGN]["last_items_share"] == chosen
 
 
 def test_what_has_ended_is_not_run_again_and_the_table_has_every_run(

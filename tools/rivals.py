@@ -60,6 +60,8 @@ def tuned(dataset: str, rival: str) -> RivalSettings:
 def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings, folder: Path) -> None:
     """Train one rival in this process and write its report on the validation split.
 
+    In reports it has the name of its folder without the seed, so that what was replaced in it can be told.
+
     Raises:
         ConfigError: the folder has a rival of other settings or data.
     """
@@ -94,11 +96,12 @@ def run(args: argparse.Namespace, source: DataArguments, settings: RivalSettings
     def report(epoch: int, loss: float, figure: float) -> None:
         print(f"epoch {epoch}: loss {loss:.4f}, validation NDCG@10 {figure:.4f}", flush=True)
 
+    name = folder.name.removesuffix(f"_seed={settings.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     curve = train(network, settings, sequences, folder, of, validate, report)
-    ranked = rank_recommender(NeuralRecommender(network, args.rival), held_out, exclude_seen=not args.keep_seen)
-    build_report(args.rival, ranked, held_out, exclude_seen=not args.keep_seen).save(folder / "validation")
-    finish(folder, settings, of, network, {"name": args.rival, "users": len(users) + 1} | curve | made_by)
+    ranked = rank_recommender(NeuralRecommender(network, name), held_out, exclude_seen=not args.keep_seen)
+    build_report(name, ranked, held_out, exclude_seen=not args.keep_seen).save(folder / "validation")
+    finish(folder, settings, of, network, {"name": name, "users": len(users) + 1} | curve | made_by)
     print(f"{folder}: validation NDCG@10 {max(figure for *_, figure in curve['curve']):.4f}")
 
 
