@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from genrec_llm.args import GenRecTrainingArguments, ModelArguments
@@ -64,12 +64,16 @@ def _quantized_backbone(
 
 
 def build_model(args: ModelArguments, training: GenRecTrainingArguments, data: Data) -> Built:
-    """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned."""
+    """Load the backbone, add rows for the data set's items and users, and LoRA unless the whole backbone is tuned.
+
+    What is drawn for them follows from the seed of training.
+    """
     if args.last_items_share and training.choose_last_items_share:
         raise ConfigError(
             f"last_items_share: {args.last_items_share}, and choose_last_items_share as well: give --last-items-share 0 or "
             "--choose-last-items-share false"
         )
+    set_seed(training.seed)
     revision = pinned_revision(args.backbone, args.backbone_revision)
     dtype = torch.bfloat16 if training.bf16 and args.tuning == "lora" else torch.float32
     base_fingerprint: str | None

@@ -6,8 +6,6 @@
 Without --from-run it starts from the backbone (the ablation without pretraining).
 """
 
-from transformers import set_seed
-
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments, parse_args
 from genrec_llm.build import build_model, inherit
 from genrec_llm.encoded import load_data
@@ -21,7 +19,6 @@ from genrec_llm.trainer import GenRecTrainer
 @exits_cleanly
 def main() -> None:
     data_args, model_args, training_args = parse_args(DataArguments, ModelArguments, GenRecTrainingArguments)
-    set_seed(training_args.seed)
 
     # Data and vocabulary
     data = load_data(data_args, joined())

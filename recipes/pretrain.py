@@ -6,8 +6,6 @@
 Any file of accelerate_configs/ serves; flags override the YAML. Killed? The same command goes on from the last checkpoint.
 """
 
-from transformers import set_seed
-
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments, parse_args
 from genrec_llm.build import build_model
 from genrec_llm.encoded import load_data
@@ -21,7 +19,6 @@ from genrec_llm.trainer import GenRecTrainer
 @exits_cleanly
 def main() -> None:
     data_args, model_args, training_args = parse_args(DataArguments, ModelArguments, GenRecTrainingArguments)
-    set_seed(training_args.seed)
 
     # Data and vocabulary
     data = load_data(data_args, joined())

@@ -303,7 +303,6 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import set_seed
 from genrec_llm.args import DataArguments, GenRecTrainingArguments, ModelArguments
 from genrec_llm.batching import as_tensors
 from genrec_llm.build import build_model
@@ -312,9 +311,8 @@ from genrec_llm.tasks import NextItem
 from genrec_llm.world import leave
 
 base, log, out, tie = sys.argv[1:]
-training = GenRecTrainingArguments(output_dir=out, use_cpu=True, global_batch_size=16)
+training = GenRecTrainingArguments(output_dir=out, use_cpu=True, global_batch_size=16, seed=0)
 rank, world = training.process_index, training.world_size
-set_seed(0)
 data = load_data(DataArguments(dataset=log))
 settings = ModelArguments(backbone=base, lora_r=2, lora_dropout=0.0, dropout=0.0, tie_item_rows=tie == "True")
 built = build_model(settings, training, data)

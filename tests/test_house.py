@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tomllib
@@ -81,6 +82,23 @@ def test_genrec_help_starts_without_torch() -> None:
 @pytest.mark.parametrize("module", LIGHT_MODULES)
 def test_the_modules_of_the_data_verbs_start_without_torch(module: str) -> None:
     assert python(f"import genrec_llm.{module}\n" + PRINT_HEAVY_MODULES) == "[]\n"
+
+
+SAY_HOW_LOUD_AT_PEFT = """
+import logging, runpy, sys
+class AtPeft:
+    def find_spec(self, name, path=None, target=None):
+        if name == "peft":
+            print(logging.getLogger("bitsandbytes.backends.cpu.ops").level)
+            sys.exit()
+sys.meta_path.insert(0, AtPeft())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.py")), ids=lambda path: path.name)
+def test_what_need_not_be_heard_is_silent_before_peft_loads_it(recipe: Path) -> None:
+    assert python(SAY_HOW_LOUD_AT_PEFT, str(recipe)) == f"{logging.ERROR}\n"
 
 
 COMMANDS = REPOSITORY / "tools" / "commands.py"  # what tools share; no program
