@@ -64,7 +64,6 @@ def trainer(home: Path, data: Data, tmp_path: Path) -> Callable[..., GenRecTrain
             "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 1, "report_to": "none",
         }  # fmt: skip
         training = GenRecTrainingArguments(**(settings | arguments))
-        torch.manual_seed(training.seed)
         model_args = ModelArguments(backbone=str(home / kind), lora_r=2, **({"lora_dropout": 0.0} | (model or {})))
         built = build_model(model_args, training, data)
         task: Task = (
@@ -81,6 +80,13 @@ def trainer(home: Path, data: Data, tmp_path: Path) -> Callable[..., GenRecTrain
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def test_what_is_built_follows_from_the_seed_of_training_alone(trainer: Callable[..., GenRecTrainer]) -> None:
+    once, again, other = (trainable(trainer(seed=seed).model) for seed in (3, 3, 4))
+    adapters = [name for name in once if "lora_A" in name]
+    assert adapters and all(torch.equal(once[name], again[name]) for name in once)
+    assert not any(torch.equal(once[name], other[name]) for name in adapters)
 
 
 def moved(trainer: GenRecTrainer) -> set[str]:
