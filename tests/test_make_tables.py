@@ -14,6 +14,7 @@ import tiny
 from make_tables import (
     BEGIN,
     END,
+    Pair,
     Row,
     check_kept,
     check_pairs,
@@ -61,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> No
 
 def test_a_table_has_mean_and_spread_of_the_seeds_and_the_best_in_bold() -> None:
     text = tables(ROWS, [], {"toy": "results/quality_toy.png"})
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [line for line in text[text.index("### toy") :].splitlines() if line.startswith("| ")]
     # Seeds .04 and .06: mean .05, standard deviation .02 / sqrt(2).
     assert rows[1] == (
         "| genrec-a | **.1000 ± .0283** | **.0250 ± .0071** | **.1500 ± .0424** | **.0500 ± .0141** | 2 | 10 |"
@@ -73,6 +74,30 @@ def test_a_table_has_mean_and_spread_of_the_seeds_and_the_best_in_bold() -> None
     assert text.index("test split, seen removed") < text.index("test split, seen kept")
     assert "100 users, full ranking of 1,000 items" in text and "results/quality_toy.png" in text
     assert [line.model for line in lines_of(ROWS[:4])] == ["genrec-a", "rival", "popularity"]
+
+
+def test_the_summary_has_the_best_of_ours_beside_the_best_rival_by_each_ranking() -> None:
+    rows = [
+        *ROWS,
+        row("genrec-a, history alone", 0, 0.045),
+        row("rival, last items too", 0, 0.04),
+        row("other", 0, 0.03),
+        row("other, last items too", 0, 0.055),
+        row("genrec-a", 0, 0.9, split="validation"),
+        row("rival", 0, 0.8, split="validation"),
+        row("genrec-a", 0, 0.02, dataset="lonely"),
+    ]
+    pair = Pair("toy", "test", "seen removed", "genrec-a", "rival", [0, 1], 0.01, 0.002, 0.018, 0.01, 100)
+    other = replace(pair, rival="other, last items too", seeds=[0], mean=-0.005, low=-0.01, high=0.0)
+    text = tables(rows, [other, replace(pair, protocol="seen kept"), pair], {})
+    summary = [line for line in text.split("## lonely")[0].splitlines() if line.startswith("| ")]
+    # "seen kept" has no rival, validation is not the test split, "lonely" has ours alone.
+    assert summary[1:] == [
+        "| toy, seen removed | .0500 (2) | rival .0500 (1) | +0.0100 [+0.0020, +0.0180], seeds 0 1 | "
+        "other .0550 (1) | -0.0050 [-0.0100, +0.0000], seed 0 |"
+    ]
+    assert "| toy, seen removed | .0500 (2) | rival .0500 (1) | – | – | – |" in tables(ROWS, [], {}).splitlines()
+    assert "In short" not in tables([row("genrec-a", 0, 0.1)], [], {})
 
 
 def test_every_problem_of_the_rows_is_named_at_once() -> None:

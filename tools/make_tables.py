@@ -24,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,7 +278,7 @@ def put_pairs(quality: Path, new: Iterable[Pair]) -> None:
     pairs = {_identity(pair): pair for pair in read_pairs(path)}
     for pair in new:
         there = pairs.get(_identity(pair))
-        said = f"{pair.model} - {pair.rival}, NDCG@10: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
+        said = f"{pair.model} - {pair.rival}, NDCG@10: {_interval(pair)}"
         if there is None or set(there.seeds) <= set(pair.seeds):
             pairs[_identity(pair)] = pair
             print(f"{said}; in {path}")
@@ -402,7 +403,7 @@ def tables(rows: Sequence[Row], pairs: Sequence[Pair], pictures: Mapping[str, st
     Args:
         pictures: link of each data set's picture; those without one have none.
     """
-    parts = []
+    parts = _summary(rows, pairs)
     for dataset in sorted({row["dataset"] for row in rows}):
         parts += [f"## {dataset}", ""]
         if dataset in pictures:
@@ -415,6 +416,52 @@ def tables(rows: Sequence[Row], pairs: Sequence[Pair], pictures: Mapping[str, st
                     parts += [*_table(chosen, f"{split} split, {protocol}"), ""]
                     parts += _pair_lines([pair for pair in pairs if where.items() <= asdict(pair).items()])
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _summary(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
+    """Of each table of the test split: the best of ours beside the best rival, by its own ranking and by ours."""
+    from genrec_llm.evaluation import LAST_ITEMS_TOO
+
+    text = []
+    for dataset, protocol in product(sorted({row["dataset"] for row in rows}), PROTOCOLS):
+        where = {"dataset": dataset, "split": "test", "protocol": protocol}
+        lines = lines_of([row for row in rows if where.items() <= row.items()])
+        rivals = [line for line in lines if not line.model.startswith(OURS)]
+        if len(rivals) in (0, len(lines)):
+            continue
+        ours, cells = lines[0], [f"{dataset}, {protocol}", _of(lines[0])]
+        for alike in (False, True):
+            best = next((line for line in rivals if line.model.endswith(LAST_ITEMS_TOO) == alike), None)
+            name = best.model if best else ""
+            pair = next((p for p in pairs if _identity(p) == (dataset, "test", protocol, ours.model, name)), None)
+            cells.append(f"{name.removesuffix(LAST_ITEMS_TOO)} {_of(best)}" if best else "–")
+            cells.append(_interval(pair) + _seeds(pair) if pair else "–")
+        text.append(f"| {' | '.join(cells)} |")
+    if not text:
+        return []
+    return [
+        "## In short",
+        "",
+        "Test split, NDCG@10, mean over seeds (their number). Of all rivals the best, by its own ranking and by its last",
+        "items too, and ours minus it, paired over users, with the 95 % interval (the seeds that both were ranked in).",
+        "",
+        "| | ours | best rival | ours minus it | best by last items too | ours minus it |",
+        "|---|---|---|---|---|---|",
+        *text,
+        "",
+    ]
+
+
+def _of(line: Line) -> str:
+    return f"{_digits(line.mean('ndcg@10'))} ({len(line.values['ndcg@10'])})"
+
+
+def _seeds(pair: Pair) -> str:
+    return f", {'seed' if len(pair.seeds) == 1 else 'seeds'} {' '.join(map(str, pair.seeds))}" if pair.seeds else ""
+
+
+def _interval(pair: Pair) -> str:
+    return f"{pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
 
 
 def _table(rows: Sequence[Row], title: str) -> list[str]:
@@ -444,10 +491,7 @@ def _pair_lines(pairs: Sequence[Pair]) -> list[str]:
         return []
     text = ["Paired over users, NDCG@10, with 95 % bootstrap intervals; of several seeds, a user's mean over them:", ""]
     for pair in pairs:
-        seeds = (
-            f", {'seed' if len(pair.seeds) == 1 else 'seeds'} {' '.join(map(str, pair.seeds))}" if pair.seeds else ""
-        )
-        text.append(f"- {pair.model} - {pair.rival}{seeds}: {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]")
+        text.append(f"- {pair.model} - {pair.rival}{_seeds(pair)}: {_interval(pair)}")
     return [*text, ""]
 
 
